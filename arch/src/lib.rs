@@ -1,0 +1,2 @@
+//! Machine contract.
+pub mod addr;

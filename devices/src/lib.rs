@@ -1,0 +1,2 @@
+//! Devices.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Machine assembly.
+#![forbid(unsafe_code)]

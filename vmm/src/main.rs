@@ -1,0 +1,2 @@
+//! cvmm.
+fn main() {}
