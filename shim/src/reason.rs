@@ -1,0 +1,215 @@
+//! Why the shim stopped the machine: a number on the wire, words for people.
+
+use core::fmt;
+
+/// A reason for which the shim terminates. [`Reason::code`] travels in the low byte of the termination
+/// value on the shim port, or as the reason code of a GHCB MSR termination in the shim's own set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The entry mode in RDI is none that this shim serves.
+    UnknownMode,
+    /// The CONFIG page is malformed.
+    BadConfig,
+    /// The descriptor is malformed.
+    BadDescriptor,
+    /// RAM tops are misaligned, out of the machine's range, or outside the owner's bounds.
+    BadRam,
+    /// The number of vCPUs is zero or above the owner's bound.
+    BadVcpus,
+    /// The staged kernel or initrd has another length than CONFIG names, or lies outside the staging area.
+    BadStaging,
+    /// Kernel and initrd do not fit in low RAM.
+    NoRoom,
+    /// The staged kernel differs from the one that CONFIG names.
+    KernelMismatch,
+    /// The staged initrd differs from the one that CONFIG names.
+    InitrdMismatch,
+    /// The kernel is no bzImage that can be entered in 64-bit mode at a chosen address.
+    BadKernel,
+    /// The tables for the kernel outgrew their area.
+    TablesFull,
+    /// The shim was about to validate memory twice or outside RAM.
+    BadValidation,
+    /// SEV_STATUS denies SNP or names a feature that the shim does not know.
+    SevStatus,
+    /// The CPUID page is malformed or names another C-bit position.
+    CpuidPage,
+    /// The hypervisor speaks no GHCB protocol version 2, or misanswered.
+    GhcbProtocol,
+    /// The hypervisor lacks the SNP feature bit.
+    GhcbFeatures,
+    /// The hypervisor refused the GHCB page.
+    GhcbRegister,
+    /// PVALIDATE failed.
+    Pvalidate,
+    /// PVALIDATE changed nothing: the host had mapped a validated page here before (double validation).
+    DoubleValidation,
+    /// The shim hit a bug of its own.
+    Bug,
+    /// A processor exception, by vector (0 to 31).
+    Exception(u8),
+}
+
+/// Code of exception 0; vectors follow.
+const EXCEPTION: u8 = 0x80;
+/// Number of architectural vectors.
+const VECTORS: u8 = 32;
+
+/// Every reason but exceptions, with its code and words. Codes are part of machine v1 and never change.
+const TABLE: [(Reason, u8, &str); 20] = [
+    (
+        Reason::UnknownMode,
+        0x01,
+        "the shim was entered in an unknown mode",
+    ),
+    (
+        Reason::BadConfig,
+        0x02,
+        "the measured parameter page is malformed",
+    ),
+    (Reason::BadDescriptor, 0x03, "the machine descriptor is malformed"),
+    (
+        Reason::BadRam,
+        0x04,
+        "the amount of memory is outside the bounds in the measured parameters",
+    ),
+    (
+        Reason::BadVcpus,
+        0x05,
+        "the number of vCPUs is outside the bounds in the measured parameters",
+    ),
+    (
+        Reason::BadStaging,
+        0x06,
+        "the length of the kernel or initrd differs from the measured parameters",
+    ),
+    (
+        Reason::NoRoom,
+        0x07,
+        "kernel and initrd do not fit in memory below 3 GiB",
+    ),
+    (
+        Reason::KernelMismatch,
+        0x08,
+        "the kernel is not the measured one (SHA-256 differs)",
+    ),
+    (
+        Reason::InitrdMismatch,
+        0x09,
+        "the initrd is not the measured one (SHA-256 differs)",
+    ),
+    (
+        Reason::BadKernel,
+        0x0a,
+        "the kernel is not a relocatable bzImage with a 64-bit entry point",
+    ),
+    (Reason::TablesFull, 0x0b, "the boot tables outgrew their area"),
+    (
+        Reason::BadValidation,
+        0x0c,
+        "the shim refused to validate memory twice or outside RAM",
+    ),
+    (
+        Reason::SevStatus,
+        0x10,
+        "the processor reports no SNP or an unknown SEV feature",
+    ),
+    (
+        Reason::CpuidPage,
+        0x11,
+        "the CPUID page is malformed or names another C-bit",
+    ),
+    (
+        Reason::GhcbProtocol,
+        0x12,
+        "the hypervisor does not speak GHCB protocol version 2",
+    ),
+    (
+        Reason::GhcbFeatures,
+        0x13,
+        "the hypervisor does not offer SNP over the GHCB",
+    ),
+    (
+        Reason::GhcbRegister,
+        0x14,
+        "the hypervisor refused to register the GHCB",
+    ),
+    (Reason::Pvalidate, 0x15, "PVALIDATE failed"),
+    (
+        Reason::DoubleValidation,
+        0x16,
+        "a page was validated before: the host replayed memory",
+    ),
+    (Reason::Bug, 0x7f, "the shim hit a bug of its own"),
+];
+
+impl Reason {
+    /// The number on the wire, never 0.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        if let Reason::Exception(vector) = self {
+            return EXCEPTION | (vector % VECTORS);
+        }
+        TABLE.iter().find(|row| row.0 == self).map_or(0x7f, |row| row.1)
+    }
+
+    /// The reason behind a number, if it is one of the shim's.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        match code.checked_sub(EXCEPTION) {
+            Some(vector) => (vector < VECTORS).then_some(Reason::Exception(vector)),
+            None => TABLE.iter().find(|row| row.1 == code).map(|row| row.0),
+        }
+    }
+
+    /// Words for people; of an exception without its vector.
+    #[must_use]
+    pub fn words(self) -> &'static str {
+        TABLE
+            .iter()
+            .find(|row| row.0 == self)
+            .map_or("the shim took a processor exception", |row| row.2)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.words())?;
+        if let Reason::Exception(vector) = self {
+            write!(f, " (vector {vector})")?;
+        }
+        Ok(())
+    }
+}
+
+impl core::error::Error for Reason {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::string::ToString;
+
+    #[test]
+    fn every_code_leads_back_to_its_reason() {
+        let mut codes = BTreeSet::new();
+        let exceptions = (0..32).map(Reason::Exception);
+        for reason in TABLE.iter().map(|row| row.0).chain(exceptions) {
+            assert_eq!(Reason::from_code(reason.code()), Some(reason));
+            assert!(codes.insert(reason.code()), "{reason:?} shares its code");
+        }
+        assert!(!codes.contains(&0));
+    }
+
+    #[test]
+    fn unknown_codes_have_no_reason() {
+        for code in [0, 0x0d, 0x7e, 0xa0, 0xff] {
+            assert_eq!(Reason::from_code(code), None, "{code:#x}");
+        }
+    }
+
+    #[test]
+    fn an_exception_names_its_vector() {
+        assert!(Reason::Exception(14).to_string().ends_with("(vector 14)"));
+    }
+}
