@@ -1,2 +1,9 @@
-//! Machine contract.
+//! The machine contract: guest addresses, the host's view of guest memory, KVM wrappers, x86 state and the
+//! seam to the confidential platforms. The bottom of the workspace; all `unsafe` that is not a
+//! platform's own ioctl lives in here.
 pub mod addr;
+pub mod exit;
+pub mod kvm;
+pub mod mem;
+pub mod platform;
+pub mod x86;

@@ -1,0 +1,39 @@
+//! The CPUID table a guest sees, as plain data: KVM, the SNP CPUID page and TDX all take it from here.
+
+/// One answer of the CPUID instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the architecture's register names")]
+pub struct CpuidEntry {
+    /// Input EAX.
+    pub leaf: u32,
+    /// Input ECX; `None` where the leaf does not look at it.
+    pub subleaf: Option<u32>,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
+/// All answers for one vCPU.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct CpuidTable(pub Vec<CpuidEntry>);
+
+impl CpuidTable {
+    /// The entry for `leaf` and `subleaf` (0 where the leaf has none).
+    pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
+        self.0
+            .iter()
+            .find(|e| e.leaf == leaf && e.subleaf.unwrap_or(subleaf) == subleaf)
+    }
+
+    /// All entries of `leaf`, to change them.
+    pub fn leaf_mut(&mut self, leaf: u32) -> impl Iterator<Item = &mut CpuidEntry> {
+        self.0.iter_mut().filter(move |e| e.leaf == leaf)
+    }
+
+    /// Replaces all entries of the leaf that `entry` names.
+    pub fn replace(&mut self, entry: CpuidEntry) {
+        self.0.retain(|e| e.leaf != entry.leaf);
+        self.0.push(entry);
+    }
+}
