@@ -8,7 +8,11 @@ use crate::mem::Visibility;
 #[expect(missing_docs, reason = "each variant documents its fields")]
 pub enum Exit<'a> {
     /// IN from `port`, `size` bytes at a time (1, 2 or 4); fill `data`, a multiple of `size` long.
-    PioIn { port: u16, size: usize, data: &'a mut [u8] },
+    PioIn {
+        port: u16,
+        size: usize,
+        data: &'a mut [u8],
+    },
     /// OUT of `data` to `port`, `size` bytes at a time.
     PioOut { port: u16, size: usize, data: &'a [u8] },
     /// Read from `gpa`, which has no RAM behind it as far as KVM knows; fill `data`, 1 to 8 bytes.
@@ -16,7 +20,12 @@ pub enum Exit<'a> {
     /// Write of `data` to `gpa`, which has no RAM behind it as far as KVM knows.
     MmioWrite { gpa: Gpa, data: &'a [u8] },
     /// The guest asks to move `pages` pages at `gpa` to side `to` (`KVM_HC_MAP_GPA_RANGE`); nothing checked.
-    Convert { gpa: u64, pages: u64, to: Visibility, reply: Reply<'a> },
+    Convert {
+        gpa: u64,
+        pages: u64,
+        to: Visibility,
+        reply: Reply<'a>,
+    },
     /// The guest touched `range` as if it were on side `wants` (`KVM_EXIT_MEMORY_FAULT`).
     WrongSide { range: PageRange, wants: Visibility },
     /// A request only one platform understands, e.g. a TDX quote (`KVM_EXIT_TDX`).

@@ -259,7 +259,6 @@ impl GuestMemory for SharedMem {
 }
 
 #[cfg(test)]
-#[expect(clippy::arithmetic_side_effects, reason = "a test that overflows fails")]
 mod tests {
     use super::*;
     use vm_memory::Bytes;

@@ -46,7 +46,11 @@ impl Gmem {
         let (offset, bytes) = (file_range(offset)?, file_range(bytes)?);
         // SAFETY: fallocate takes no pointer, and no process has these pages mapped.
         let rc = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, bytes) };
-        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// Bytes that are allocated now (`st_blocks`).

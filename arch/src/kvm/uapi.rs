@@ -33,7 +33,11 @@ pub(super) fn pre_fault(vcpu: BorrowedFd<'_>, request: &mut PreFaultMemory) -> i
     // and writes it during the call only, and the exclusive borrow keeps others away meanwhile. Populating
     // the guest's page tables changes no host mapping.
     let rc = unsafe { libc::ioctl(vcpu.as_raw_fd(), PRE_FAULT_MEMORY, &raw mut *request) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// `KVM_GET_DEVICE_ATTR` on `/dev/kvm` for an attribute whose value is a u64.
@@ -49,5 +53,9 @@ pub(super) fn system_attribute(kvm: BorrowedFd<'_>, group: u32, attr: u64) -> io
     // SAFETY: `request` is a live 24-byte struct that the kernel only reads; its `addr` points at `value`, a
     // live u64 that nothing else refers to and that the kernel writes during the call only.
     let rc = unsafe { libc::ioctl(kvm.as_raw_fd(), GET_DEVICE_ATTR, &raw const request) };
-    if rc == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

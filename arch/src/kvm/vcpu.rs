@@ -10,8 +10,8 @@ use std::ptr;
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_HALTED, Msrs, kvm_cpuid_entry2, kvm_dtable,
-    kvm_fpu, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_xcr, kvm_xcrs,
+    KVM_EXIT_SYSTEM_EVENT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_HALTED, Msrs, kvm_cpuid_entry2,
+    kvm_dtable, kvm_fpu, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_xcr, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -82,7 +82,11 @@ impl Vcpu {
             .map(|e| kvm_cpuid_entry2 {
                 function: e.leaf,
                 index: e.subleaf.unwrap_or(0),
-                flags: if e.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+                flags: if e.subleaf.is_some() {
+                    KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+                } else {
+                    0
+                },
                 eax: e.eax,
                 ebx: e.ebx,
                 ecx: e.ecx,
@@ -125,11 +129,23 @@ impl Vcpu {
             rdi: general.rdi,
             ..Default::default()
         })?;
-        self.fd.set_fpu(&kvm_fpu { fcw: control.fcw, mxcsr: control.mxcsr, ..Default::default() })?;
+        self.fd.set_fpu(&kvm_fpu {
+            fcw: control.fcw,
+            mxcsr: control.mxcsr,
+            ..Default::default()
+        })?;
         self.set_xcr0(control.xcr0)?;
         let entries = [
-            kvm_msr_entry { index: MSR_IA32_CR_PAT, data: control.pat, ..Default::default() },
-            kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: MISC_ENABLE_FAST_STRING, ..Default::default() },
+            kvm_msr_entry {
+                index: MSR_IA32_CR_PAT,
+                data: control.pat,
+                ..Default::default()
+            },
+            kvm_msr_entry {
+                index: MSR_IA32_MISC_ENABLE,
+                data: MISC_ENABLE_FAST_STRING,
+                ..Default::default()
+            },
         ];
         let msrs = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
         self.fd.set_msrs(&msrs)?;
@@ -137,9 +153,16 @@ impl Vcpu {
     }
 
     fn set_xcr0(&self, value: u64) -> io::Result<()> {
-        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        let mut xcrs = kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        };
         if let Some(first) = xcrs.xcrs.first_mut() {
-            *first = kvm_xcr { xcr: 0, value, ..Default::default() };
+            *first = kvm_xcr {
+                xcr: 0,
+                value,
+                ..Default::default()
+            };
         }
         Ok(self.fd.set_xcrs(&xcrs)?)
     }
@@ -149,7 +172,9 @@ impl Vcpu {
     /// # Errors
     /// The kernel's.
     pub fn set_halted(&self) -> io::Result<()> {
-        Ok(self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED })?)
+        Ok(self.fd.set_mp_state(kvm_mp_state {
+            mp_state: KVM_MP_STATE_HALTED,
+        })?)
     }
 
     /// Fills the guest's page tables for `range` (`KVM_PRE_FAULT_MEMORY`), so that first touches do not exit.
@@ -200,7 +225,10 @@ impl Vcpu {
         {
             return match errno.errno() {
                 libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
-                _ => Err(RunError::Run { index, source: errno.into() }),
+                _ => Err(RunError::Run {
+                    index,
+                    source: errno.into(),
+                }),
             };
         }
         if reason == KVM_EXIT_IO {
@@ -238,15 +266,21 @@ impl Vcpu {
 }
 
 fn word(body: &[u8; 256], at: usize) -> u16 {
-    body.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u16::from_ne_bytes(*b))
+    body.get(at..)
+        .and_then(<[u8]>::first_chunk)
+        .map_or(0, |b| u16::from_ne_bytes(*b))
 }
 
 fn dword(body: &[u8; 256], at: usize) -> u32 {
-    body.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u32::from_ne_bytes(*b))
+    body.get(at..)
+        .and_then(<[u8]>::first_chunk)
+        .map_or(0, |b| u32::from_ne_bytes(*b))
 }
 
 fn qword(body: &[u8; 256], at: usize) -> u64 {
-    body.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_ne_bytes(*b))
+    body.get(at..)
+        .and_then(<[u8]>::first_chunk)
+        .map_or(0, |b| u64::from_ne_bytes(*b))
 }
 
 /// Turns `kvm_run` into an [`Exit`]. Offsets are those of the structs in Linux 7.2, include/uapi/linux/kvm.h.
@@ -257,7 +291,11 @@ fn decode(reason: u32, body: &mut [u8; 256]) -> Option<Exit<'_>> {
             let len = usize::try_from(dword(body, 16)).ok()?.min(8);
             let is_write = body[20] != 0;
             let data = body.get_mut(8..)?.get_mut(..len)?;
-            if is_write { Exit::MmioWrite { gpa, data } } else { Exit::MmioRead { gpa, data } }
+            if is_write {
+                Exit::MmioWrite { gpa, data }
+            } else {
+                Exit::MmioRead { gpa, data }
+            }
         }
         KVM_EXIT_HYPERCALL if qword(body, 0) == uapi::HC_MAP_GPA_RANGE => {
             let (gpa, pages, attributes) = (qword(body, 8), qword(body, 16), qword(body, 24));
@@ -267,13 +305,25 @@ fn decode(reason: u32, body: &mut [u8; 256]) -> Option<Exit<'_>> {
                 Visibility::Shared
             };
             let reply = Reply(body.get_mut(56..)?.first_chunk_mut()?);
-            Exit::Convert { gpa, pages, to, reply }
+            Exit::Convert {
+                gpa,
+                pages,
+                to,
+                reply,
+            }
         }
         KVM_EXIT_MEMORY_FAULT => {
             let private = qword(body, 0) & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
             let (gpa, bytes) = (qword(body, 8), qword(body, 16).max(PAGE_SIZE));
-            let wants = if private { Visibility::Private } else { Visibility::Shared };
-            Exit::WrongSide { range: PageRange::new(Gpa(gpa), bytes).ok()?, wants }
+            let wants = if private {
+                Visibility::Private
+            } else {
+                Visibility::Shared
+            };
+            Exit::WrongSide {
+                range: PageRange::new(Gpa(gpa), bytes).ok()?,
+                wants,
+            }
         }
         KVM_EXIT_INTR => Exit::Interrupted,
         KVM_EXIT_SHUTDOWN => Exit::Shutdown,
@@ -308,7 +358,11 @@ fn segment(s: Segment) -> kvm_segment {
 }
 
 fn table(t: Table) -> kvm_dtable {
-    kvm_dtable { base: t.base, limit: t.limit, ..Default::default() }
+    kvm_dtable {
+        base: t.base,
+        limit: t.limit,
+        ..Default::default()
+    }
 }
 
 thread_local! {
@@ -357,7 +411,13 @@ mod tests {
     #[test]
     fn a_conversion_request_is_decoded_and_answered_in_place() {
         let mut raw = body(&[(0, 12), (8, 0x5000), (16, 3), (24, 1 << 4), (56, 7)]);
-        let Some(Exit::Convert { gpa, pages, to, reply }) = decode(KVM_EXIT_HYPERCALL, &mut raw) else {
+        let Some(Exit::Convert {
+            gpa,
+            pages,
+            to,
+            reply,
+        }) = decode(KVM_EXIT_HYPERCALL, &mut raw)
+        else {
             panic!("not a conversion");
         };
         assert_eq!((gpa, pages, to), (0x5000, 3, Visibility::Private));
@@ -368,11 +428,27 @@ mod tests {
     #[test]
     fn exits_are_decoded() {
         let cases: &[(u32, &[(usize, u64)], &str)] = &[
-            (KVM_EXIT_MMIO, &[(0, 0xc000_0000), (16, 4 | 1 << 32)], "MmioWrite { gpa: Gpa(3221225472), data: [0, 0, 0, 0] }"),
-            (KVM_EXIT_MMIO, &[(0, 8), (16, 2)], "MmioRead { gpa: Gpa(8), data: [0, 0] }"),
-            (KVM_EXIT_MEMORY_FAULT, &[(0, 8), (8, 0x1000), (16, 0x1000)], "WrongSide { range: PageRange { start: Gpa(4096), pages: 1 }, wants: Private }"),
+            (
+                KVM_EXIT_MMIO,
+                &[(0, 0xc000_0000), (16, 4 | 1 << 32)],
+                "MmioWrite { gpa: Gpa(3221225472), data: [0, 0, 0, 0] }",
+            ),
+            (
+                KVM_EXIT_MMIO,
+                &[(0, 8), (16, 2)],
+                "MmioRead { gpa: Gpa(8), data: [0, 0] }",
+            ),
+            (
+                KVM_EXIT_MEMORY_FAULT,
+                &[(0, 8), (8, 0x1000), (16, 0x1000)],
+                "WrongSide { range: PageRange { start: Gpa(4096), pages: 1 }, wants: Private }",
+            ),
             (KVM_EXIT_SHUTDOWN, &[], "Shutdown"),
-            (KVM_EXIT_FAIL_ENTRY, &[(0, u64::MAX)], "EntryFailed(18446744073709551615)"),
+            (
+                KVM_EXIT_FAIL_ENTRY,
+                &[(0, u64::MAX)],
+                "EntryFailed(18446744073709551615)",
+            ),
         ];
         for (reason, fields, expected) in cases {
             let mut raw = body(fields);
@@ -384,8 +460,31 @@ mod tests {
 
     #[test]
     fn segment_attributes_unpack_as_the_vmcb_packs_them() {
-        let code = segment(Segment { selector: 8, attributes: 0xa9b, limit: 1, base: 2 });
-        assert_eq!((code.type_, code.s, code.dpl, code.present, code.l, code.db, code.g), (0xb, 1, 0, 1, 1, 0, 1));
-        assert_eq!(segment(Segment { attributes: 0x60, ..Default::default() }).dpl, 3);
+        let code = segment(Segment {
+            selector: 8,
+            attributes: 0xa9b,
+            limit: 1,
+            base: 2,
+        });
+        assert_eq!(
+            (
+                code.type_,
+                code.s,
+                code.dpl,
+                code.present,
+                code.l,
+                code.db,
+                code.g
+            ),
+            (0xb, 1, 0, 1, 1, 0, 1)
+        );
+        assert_eq!(
+            segment(Segment {
+                attributes: 0x60,
+                ..Default::default()
+            })
+            .dpl,
+            3
+        );
     }
 }

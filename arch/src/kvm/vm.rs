@@ -8,9 +8,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MEM_GUEST_MEMFD,
-    KVM_MEMORY_ATTRIBUTE_PRIVATE, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_memory_attributes,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
+    KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_memory_attributes, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
@@ -57,7 +57,11 @@ impl Vm {
                 other => break other?,
             }
         };
-        let vm = Self { fd, slots: Mutex::default(), routes: Mutex::default() };
+        let vm = Self {
+            fd,
+            slots: Mutex::default(),
+            routes: Mutex::default(),
+        };
         vm.enable(KVM_CAP_EXIT_HYPERCALL, 1 << uapi::HC_MAP_GPA_RANGE)?;
         vm.enable(KVM_CAP_SPLIT_IRQCHIP, 0)?;
         // 1: 32-bit ids in MSI routes; 2: no broadcast quirk.
@@ -66,7 +70,10 @@ impl Vm {
     }
 
     fn enable(&self, cap: u32, arg: u64) -> io::Result<()> {
-        let mut request = kvm_enable_cap { cap, ..Default::default() };
+        let mut request = kvm_enable_cap {
+            cap,
+            ..Default::default()
+        };
         if let Some(first) = request.args.first_mut() {
             *first = arg;
         }
@@ -78,7 +85,12 @@ impl Vm {
     ///
     /// # Errors
     /// The kernel's: `EEXIST` for overlaps, `EINVAL` for what the VM type forbids.
-    pub fn map_slot(&self, slot: u32, region: Arc<GuestRegionMmap>, private: Option<(&Gmem, u64)>) -> io::Result<()> {
+    pub fn map_slot(
+        &self,
+        slot: u32,
+        region: Arc<GuestRegionMmap>,
+        private: Option<(&Gmem, u64)>,
+    ) -> io::Result<()> {
         let plain = kvm_userspace_memory_region {
             slot,
             flags: 0,
@@ -105,7 +117,10 @@ impl Vm {
             // SAFETY: as above.
             unsafe { self.fd.set_user_memory_region(plain) }?;
         }
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, region);
+        self.slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(slot, region);
         Ok(())
     }
 
@@ -143,7 +158,12 @@ impl Vm {
         let mut address = range.start().0;
         while address < range.end().0 {
             let size = range.end().0.saturating_sub(address).min(ATTRIBUTE_CHUNK_BYTES);
-            self.fd.set_memory_attributes(kvm_memory_attributes { address, size, attributes, flags: 0 })?;
+            self.fd.set_memory_attributes(kvm_memory_attributes {
+                address,
+                size,
+                attributes,
+                flags: 0,
+            })?;
             address = address.saturating_add(size);
         }
         Ok(())
@@ -154,7 +174,9 @@ impl Vm {
     /// # Errors
     /// The kernel's.
     pub fn connect_kick(&self, at: Gpa, kick: &EventFd) -> io::Result<()> {
-        Ok(self.fd.register_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
+        Ok(self
+            .fd
+            .register_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
     }
 
     /// Undoes [`connect_kick`](Self::connect_kick).
@@ -162,7 +184,9 @@ impl Vm {
     /// # Errors
     /// The kernel's.
     pub fn disconnect_kick(&self, at: Gpa, kick: &EventFd) -> io::Result<()> {
-        Ok(self.fd.unregister_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
+        Ok(self
+            .fd
+            .unregister_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
     }
 
     /// Makes writes to `event` raise interrupt line `gsi`; what that means is up to [`route`](Self::route).
@@ -187,7 +211,10 @@ impl Vm {
             Some(message) => routes.insert(gsi, message),
             None => routes.remove(&gsi),
         };
-        let entries: Vec<_> = routes.iter().map(|(gsi, message)| routing_entry(*gsi, *message)).collect();
+        let entries: Vec<_> = routes
+            .iter()
+            .map(|(gsi, message)| routing_entry(*gsi, *message))
+            .collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
         Ok(self.fd.set_gsi_routing(&table)?)
     }
@@ -213,7 +240,11 @@ impl Vm {
 }
 
 fn routing_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
     let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
     entry.u.msi.address_lo = u32::from_le_bytes([a, b, c, d]);
     entry.u.msi.address_hi = u32::from_le_bytes([e, f, g, h]);

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::addr::{Gpa, PAGE_SIZE, PageRange};
@@ -27,9 +28,15 @@ impl HostRam {
     /// # Errors
     /// The host has no address space or memory for it.
     pub fn allocate(ranges: &[PageRange]) -> io::Result<Self> {
-        let regions: Vec<_> = ranges.iter().map(|r| allocate_region(*r)).collect::<io::Result<_>>()?;
+        let regions: Vec<_> = ranges
+            .iter()
+            .map(|r| allocate_region(*r))
+            .collect::<io::Result<_>>()?;
         let map = GuestRegionCollection::from_arc_regions(regions.clone()).map_err(io::Error::other)?;
-        Ok(Self { regions, map: Arc::new(map) })
+        Ok(Self {
+            regions,
+            map: Arc::new(map),
+        })
     }
 
     /// One region for each range.
@@ -51,7 +58,11 @@ impl HostRam {
             // SAFETY: `[address, address + bytes)` lies in a mapping that `self.regions` keeps alive. The
             // content of guest memory may change at any time anyway, and all access to it is volatile.
             let rc = unsafe { libc::madvise(address.cast(), bytes, libc::MADV_DONTNEED) };
-            if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+            if rc == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
         })
     }
 
@@ -77,7 +88,11 @@ impl HostRam {
     }
 
     /// Calls `f` with host address and length of each part of `range` that a region backs.
-    fn each_part(&self, range: PageRange, mut f: impl FnMut(*mut u8, usize) -> io::Result<()>) -> io::Result<()> {
+    fn each_part(
+        &self,
+        range: PageRange,
+        mut f: impl FnMut(*mut u8, usize) -> io::Result<()>,
+    ) -> io::Result<()> {
         for region in &self.regions {
             let base = region.start_addr().0;
             let from = range.start().0.max(base);
@@ -124,7 +139,9 @@ pub fn map_file(file: File, at: Gpa) -> io::Result<Arc<GuestRegionMmap>> {
 pub fn map_bytes(range: PageRange, bytes: &[u8]) -> io::Result<Arc<GuestRegionMmap>> {
     use vm_memory::{Bytes, MemoryRegionAddress};
     let region = allocate_region(range)?;
-    region.write_slice(bytes, MemoryRegionAddress(0)).map_err(io::Error::other)?;
+    region
+        .write_slice(bytes, MemoryRegionAddress(0))
+        .map_err(io::Error::other)?;
     Ok(region)
 }
 

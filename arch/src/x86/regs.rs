@@ -88,13 +88,36 @@ const RFLAGS_RESERVED: u64 = 2;
 impl BootState {
     /// Flat 64-bit mode with paging on, interrupts off, and the power-up values everywhere else.
     pub fn long_mode(general: General, cr3: u64) -> Self {
-        let code = Segment { selector: 0x8, attributes: 0xa9b, limit: u32::MAX, base: 0 };
-        let data = Segment { selector: 0x10, attributes: 0xc93, limit: u32::MAX, base: 0 };
-        let tr = Segment { selector: 0x18, attributes: 0x8b, limit: 0xffff, base: 0 };
-        let ldtr = Segment { selector: 0, attributes: 0x82, limit: 0xffff, base: 0 };
+        let code = Segment {
+            selector: 0x8,
+            attributes: 0xa9b,
+            limit: u32::MAX,
+            base: 0,
+        };
+        let data = Segment {
+            selector: 0x10,
+            attributes: 0xc93,
+            limit: u32::MAX,
+            base: 0,
+        };
+        let tr = Segment {
+            selector: 0x18,
+            attributes: 0x8b,
+            limit: 0xffff,
+            base: 0,
+        };
+        let ldtr = Segment {
+            selector: 0,
+            attributes: 0x82,
+            limit: 0xffff,
+            base: 0,
+        };
         let empty = Table { limit: 0, base: 0 };
         Self {
-            general: General { rflags: general.rflags | RFLAGS_RESERVED, ..general },
+            general: General {
+                rflags: general.rflags | RFLAGS_RESERVED,
+                ..general
+            },
             segments: Segments {
                 cs: code,
                 ds: data,

@@ -167,7 +167,10 @@ impl Chain {
 
     /// The error for a chain that lacks a buffer its device type demands.
     pub fn bad_shape(&self, queue: u16) -> QueueBroken {
-        QueueBroken { queue, source: RingError::Shape { head: self.head } }
+        QueueBroken {
+            queue,
+            source: RingError::Shape { head: self.head },
+        }
     }
 }
 
@@ -188,7 +191,12 @@ pub struct ChainIo<'a> {
 
 impl<'a> ChainIo<'a> {
     fn new(mem: &'a SharedMem, segments: &'a [Segment]) -> Self {
-        Self { mem, segments, done: 0, moved: 0 }
+        Self {
+            mem,
+            segments,
+            done: 0,
+            moved: 0,
+        }
     }
 
     /// Bytes moved so far.
@@ -231,10 +239,16 @@ impl<'a> ChainIo<'a> {
 
 impl Read for ChainIo<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let Some((at, len)) = self.front() else { return Ok(0) };
+        let Some((at, len)) = self.front() else {
+            return Ok(0);
+        };
         let count = buf.len().min(len as usize);
-        let Some(part) = buf.get_mut(..count) else { return Ok(0) };
-        self.mem.read_slice(part, GuestAddress(at.0)).map_err(io::Error::other)?;
+        let Some(part) = buf.get_mut(..count) else {
+            return Ok(0);
+        };
+        self.mem
+            .read_slice(part, GuestAddress(at.0))
+            .map_err(io::Error::other)?;
         self.advance(u32::try_from(count).unwrap_or(len));
         Ok(count)
     }
@@ -242,10 +256,16 @@ impl Read for ChainIo<'_> {
 
 impl Write for ChainIo<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let Some((at, len)) = self.front() else { return Ok(0) };
+        let Some((at, len)) = self.front() else {
+            return Ok(0);
+        };
         let count = buf.len().min(len as usize);
-        let Some(part) = buf.get(..count) else { return Ok(0) };
-        self.mem.write_slice(part, GuestAddress(at.0)).map_err(io::Error::other)?;
+        let Some(part) = buf.get(..count) else {
+            return Ok(0);
+        };
+        self.mem
+            .write_slice(part, GuestAddress(at.0))
+            .map_err(io::Error::other)?;
         self.advance(u32::try_from(count).unwrap_or(len));
         Ok(count)
     }
@@ -273,7 +293,14 @@ impl VirtQueue {
     pub fn new(index: u16, mut queue: Queue, features: u64, irq: Box<dyn QueueIrq>) -> Self {
         queue.set_event_idx(features & feature::EVENT_IDX != 0);
         let indirect = features & feature::INDIRECT_DESC != 0;
-        Self { index, queue, indirect, irq, in_flight: 0, unannounced: false }
+        Self {
+            index,
+            queue,
+            indirect,
+            irq,
+            in_flight: 0,
+            unannounced: false,
+        }
     }
 
     /// Number of the queue within its device.
@@ -296,7 +323,10 @@ impl VirtQueue {
     /// # Errors
     /// The guest broke a rule; the queue must not be used any more.
     pub fn pop(&mut self, mem: &SharedMem) -> Result<Option<Chain>, QueueBroken> {
-        self.try_pop(mem).map_err(|source| QueueBroken { queue: self.index, source })
+        self.try_pop(mem).map_err(|source| QueueBroken {
+            queue: self.index,
+            source,
+        })
     }
 
     fn try_pop(&mut self, mem: &SharedMem) -> Result<Option<Chain>, RingError> {
@@ -313,7 +343,16 @@ impl VirtQueue {
         if self.in_flight >= size {
             return Err(RingError::Endless { head });
         }
-        let walk = Walk { mem, head, indirect: self.indirect, chain: Chain { head, readable: vec![], writable: vec![] } };
+        let walk = Walk {
+            mem,
+            head,
+            indirect: self.indirect,
+            chain: Chain {
+                head,
+                readable: vec![],
+                writable: vec![],
+            },
+        };
         let chain = walk.run(table, usize::from(size))?;
         self.in_flight = self.in_flight.saturating_add(1);
         Ok(Some(chain))
@@ -332,7 +371,9 @@ impl VirtQueue {
     pub fn push(&mut self, mem: &SharedMem, head: u16, written: u32) -> Result<(), QueueBroken> {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.unannounced = true;
-        self.queue.add_used(mem, head, written).map_err(|e| self.broken(e))
+        self.queue
+            .add_used(mem, head, written)
+            .map_err(|e| self.broken(e))
     }
 
     /// Tells the driver about what was pushed since the last call, unless it does not want to know.
@@ -365,7 +406,10 @@ impl VirtQueue {
     }
 
     fn broken(&self, error: virtio_queue::Error) -> QueueBroken {
-        QueueBroken { queue: self.index, source: RingError::Ring(error) }
+        QueueBroken {
+            queue: self.index,
+            source: RingError::Ring(error),
+        }
     }
 }
 
@@ -420,14 +464,22 @@ impl Walk<'_> {
             }
             next = descriptor.next();
             if usize::from(next) >= count {
-                return Err(RingError::Next { head: self.head, next, size: count });
+                return Err(RingError::Next {
+                    head: self.head,
+                    next,
+                    size: count,
+                });
             }
         }
         Err(RingError::Endless { head: self.head })
     }
 
     fn fetch(&self, table: u64, index: u16) -> Result<Descriptor, RingError> {
-        let not_shared = RingError::NotShared { head: self.head, start: table, bytes: DESCRIPTOR_BYTES };
+        let not_shared = RingError::NotShared {
+            head: self.head,
+            start: table,
+            bytes: DESCRIPTOR_BYTES,
+        };
         let offset = u64::from(index).saturating_mul(DESCRIPTOR_BYTES);
         let Some(at) = table.checked_add(offset) else {
             return Err(not_shared);
@@ -441,9 +493,16 @@ impl Walk<'_> {
             return Err(RingError::Empty { head });
         }
         if !self.mem.all_shared(Gpa(start), u64::from(bytes)) {
-            return Err(RingError::NotShared { head, start, bytes: u64::from(bytes) });
+            return Err(RingError::NotShared {
+                head,
+                start,
+                bytes: u64::from(bytes),
+            });
         }
-        let segment = Segment { start: Gpa(start), bytes };
+        let segment = Segment {
+            start: Gpa(start),
+            bytes,
+        };
         if descriptor.flags() & F_WRITE != 0 {
             self.chain.writable.push(segment);
         } else if self.chain.writable.is_empty() {
@@ -451,7 +510,10 @@ impl Walk<'_> {
         } else {
             return Err(RingError::Order { head });
         }
-        let bytes = self.chain.readable_bytes().saturating_add(self.chain.writable_bytes());
+        let bytes = self
+            .chain
+            .readable_bytes()
+            .saturating_add(self.chain.writable_bytes());
         if bytes > MAX_CHAIN_BYTES {
             return Err(RingError::TooLong { head });
         }
