@@ -1,7 +1,2 @@
-//! Configuration to machine to threads; the only crate that knows all others.
+//! Machine assembly.
 #![forbid(unsafe_code)]
-pub mod cpuid;
-pub mod event_loop;
-pub mod platform;
-pub mod ram;
-pub mod vcpu;
