@@ -3,7 +3,9 @@
 //! platform's own ioctl lives in here.
 pub mod addr;
 pub mod exit;
+pub mod iov;
 pub mod kvm;
 pub mod mem;
 pub mod platform;
+pub mod tap;
 pub mod x86;

@@ -4,6 +4,8 @@
 //! `virtio-queue` reads the rings; it ends a bad chain silently, accepts indirect tables that were not
 //! negotiated, and walks again for each reader. This layer closes that.
 
+mod used;
+
 use std::io::{self, Read, Write};
 
 use arch::addr::Gpa;
@@ -284,22 +286,21 @@ pub struct VirtQueue {
     irq: Box<dyn QueueIrq>,
     /// Chains given to the device and not pushed back yet; never more than the queue size.
     in_flight: u16,
-    /// Used entries since the last [`notify`](Self::notify).
-    unannounced: bool,
+    /// Used index at the last [`notify`](Self::notify).
+    announced: u16,
 }
 
 impl VirtQueue {
     /// Takes over queue `index`, already checked to lie in shared memory.
     pub fn new(index: u16, mut queue: Queue, features: u64, irq: Box<dyn QueueIrq>) -> Self {
         queue.set_event_idx(features & feature::EVENT_IDX != 0);
-        let indirect = features & feature::INDIRECT_DESC != 0;
         Self {
             index,
+            announced: queue.next_used(),
             queue,
-            indirect,
+            indirect: features & feature::INDIRECT_DESC != 0,
             irq,
             in_flight: 0,
-            unannounced: false,
         }
     }
 
@@ -362,31 +363,6 @@ impl VirtQueue {
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
         self.in_flight = self.in_flight.saturating_sub(1);
-    }
-
-    /// Returns a chain to the driver, `written` bytes of its writable part filled.
-    ///
-    /// # Errors
-    /// The used ring is no longer in shared memory.
-    pub fn push(&mut self, mem: &SharedMem, head: u16, written: u32) -> Result<(), QueueBroken> {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.unannounced = true;
-        self.queue
-            .add_used(mem, head, written)
-            .map_err(|e| self.broken(e))
-    }
-
-    /// Tells the driver about what was pushed since the last call, unless it does not want to know.
-    ///
-    /// # Errors
-    /// The rings are no longer in shared memory.
-    pub fn notify(&mut self, mem: &SharedMem) -> Result<(), QueueBroken> {
-        if std::mem::take(&mut self.unannounced)
-            && self.queue.needs_notification(mem).map_err(|e| self.broken(e))?
-        {
-            self.irq.notify();
-        }
-        Ok(())
     }
 
     /// Asks the driver for kicks again; true if chains arrived meanwhile, so that one must look once more.
