@@ -1,0 +1,46 @@
+//! Fields at fixed offsets of little-endian structures that firmware or other machines wrote. Nothing here can
+//! panic: reads past the end are `None`, writes past the end change nothing (offsets are constants, and tests
+//! compare every page that is built with a known answer).
+
+/// The `N` bytes at `at`.
+pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..)?.first_chunk::<N>().copied()
+}
+
+/// The `u16` at `at`.
+pub(crate) fn le16(bytes: &[u8], at: usize) -> Option<u16> {
+    array(bytes, at).map(u16::from_le_bytes)
+}
+
+/// The `u32` at `at`.
+pub(crate) fn le32(bytes: &[u8], at: usize) -> Option<u32> {
+    array(bytes, at).map(u32::from_le_bytes)
+}
+
+/// Copies `value` to offset `at`.
+pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    for (slot, byte) in bytes.iter_mut().skip(at).zip(value) {
+        *slot = *byte;
+    }
+}
+
+/// Writes `bytes` as lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8], f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+}
+
+/// Reads exactly `N` bytes of hexadecimal, either case.
+pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits: Vec<u8> = text
+        .chars()
+        .map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok()))
+        .collect::<Option<_>>()?;
+    let bytes: Vec<u8> = digits
+        .chunks_exact(2)
+        .map(|pair| pair.iter().fold(0, |sum, d| sum << 4 | d))
+        .collect();
+    if !digits.len().is_multiple_of(2) {
+        return None;
+    }
+    bytes.try_into().ok()
+}
