@@ -1,10 +1,14 @@
 //! The seam between the machine and its confidential platform: three phases, three traits. Chosen once at
 //! run time; there is no cargo feature and no `cfg`.
 
+use std::sync::Arc;
+
 use crate::addr::PageRange;
 use crate::exit::PlatformExit;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
+use crate::mem::SharedMem;
+use crate::mem::map::HostRam;
 use crate::x86::cpuid::CpuidTable;
 use crate::x86::regs::BootState;
 
@@ -79,6 +83,19 @@ pub struct PlatformError {
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
 
+/// The empty machine that a platform begins to launch: a VM with its memory slots, no vCPU yet.
+#[derive(Clone, Debug)]
+pub struct Foundation {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// The shared side of guest RAM, as the host has it mapped.
+    pub ram: HostRam,
+    /// The same as devices see it: private pages refused.
+    pub shared: SharedMem,
+    /// CPUID as the guest's first vCPU sees it.
+    pub cpuid: CpuidTable,
+}
+
 /// Phase 1, before the VM exists.
 pub trait Platform: Send {
     /// Name as on the command line.
@@ -93,7 +110,7 @@ pub trait Platform: Send {
     ///
     /// # Errors
     /// What the host lacks or firmware refuses.
-    fn begin(&self, vm: &Vm, cpuid: &CpuidTable) -> Result<Box<dyn Launch>, PlatformError>;
+    fn begin(&self, on: Foundation) -> Result<Box<dyn Launch>, PlatformError>;
 }
 
 /// Phase 2, between VM creation and the first `KVM_RUN`.
@@ -125,7 +142,7 @@ pub enum PlatformFlow {
 }
 
 /// Phase 3, shared by all vCPU threads.
-pub trait Sealed: Send + Sync {
+pub trait Sealed: Send + Sync + std::fmt::Debug {
     /// Serves an exit that only this platform understands.
     ///
     /// # Errors

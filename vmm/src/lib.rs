@@ -1,2 +1,7 @@
-//! Machine assembly.
+//! Configuration to machine to threads; the only crate that knows all others.
 #![forbid(unsafe_code)]
+pub mod cpuid;
+pub mod event_loop;
+pub mod platform;
+pub mod ram;
+pub mod vcpu;

@@ -54,6 +54,9 @@ pub enum RunError {
 const MSR_IA32_CR_PAT: u32 = 0x277;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs on, default type write-back.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
 impl Vcpu {
     pub(super) fn new(index: u32, fd: VcpuFd) -> Self {
@@ -135,21 +138,30 @@ impl Vcpu {
             ..Default::default()
         })?;
         self.set_xcr0(control.xcr0)?;
-        let entries = [
-            kvm_msr_entry {
-                index: MSR_IA32_CR_PAT,
-                data: control.pat,
+        self.set_msrs(&[
+            (MSR_IA32_CR_PAT, control.pat),
+            (MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+            (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
+        ])
+    }
+
+    fn set_msrs(&self, values: &[(u32, u64)]) -> io::Result<()> {
+        let entries: Vec<_> = values
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
                 ..Default::default()
-            },
-            kvm_msr_entry {
-                index: MSR_IA32_MISC_ENABLE,
-                data: MISC_ENABLE_FAST_STRING,
-                ..Default::default()
-            },
-        ];
+            })
+            .collect();
         let msrs = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
-        self.fd.set_msrs(&msrs)?;
-        Ok(())
+        let done = self.fd.set_msrs(&msrs)?;
+        match values.get(done) {
+            None => Ok(()),
+            Some((index, value)) => Err(io::Error::other(format!(
+                "KVM refuses value {value:#x} for MSR {index:#x}"
+            ))),
+        }
     }
 
     fn set_xcr0(&self, value: u64) -> io::Result<()> {
