@@ -2,6 +2,7 @@
 //! seam to the confidential platforms. The bottom of the workspace; all `unsafe` that is not a
 //! platform's own ioctl lives in here.
 pub mod addr;
+pub mod blockio;
 pub mod exit;
 pub mod iov;
 pub mod kvm;

@@ -1,0 +1,224 @@
+//! Disk I/O on `io_uring`: one system call starts a whole batch, and completions are read from memory.
+// UNSAFETY: the kernel follows pointers in submission entries until it posts their completion.
+#![expect(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, register::Restriction};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::flight::{Flight, Step, Work};
+use super::{Action, DROP_LIMIT, Done, Engine, Refused};
+use crate::mem::SharedMem;
+
+/// The disk is the only file that the ring knows, under this number.
+const DISK: Fixed = Fixed(0);
+
+/// One queue's ring.
+pub(super) struct Uring {
+    ring: IoUring,
+    /// Operations in flight, by the number in their `user_data`.
+    flights: Vec<Option<Flight>>,
+    free: Vec<u32>,
+    notify: Arc<EventFd>,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring")
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    /// A ring for `depth` operations on `file` that can do nothing else, even if this process is taken over.
+    pub(super) fn new(file: &File, notify: Arc<EventFd>, depth: u16) -> io::Result<Self> {
+        let depth = depth.max(1);
+        let ring: IoUring = IoUring::builder()
+            .setup_r_disabled()
+            .setup_submit_all()
+            .build(u32::from(depth))?;
+        let submitter = ring.submitter();
+        submitter.register_files(&[file.as_raw_fd()])?;
+        submitter.register_eventfd(notify.as_raw_fd())?;
+        let mut allowed = [
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
+            Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+        ];
+        submitter.register_restrictions(&mut allowed)?;
+        submitter.register_enable_rings()?;
+        Ok(Self {
+            ring,
+            flights: (0..depth).map(|_| None).collect(),
+            free: (0..u32::from(depth)).rev().collect(),
+            notify,
+        })
+    }
+
+    /// Queues the next system call of flight `number`.
+    fn issue(&mut self, number: u32) {
+        let Some(Some(flight)) = self.flights.get(number as usize) else {
+            return;
+        };
+        let entry = entry(flight).user_data(u64::from(number));
+        // SAFETY: `entry` points at the flight's list of pieces, a heap block that stays in place until the
+        // completion, and through it at guest memory that the flight keeps mapped and pinned. A flight leaves
+        // `self.flights` only after its completion, or never (see `drop`).
+        let full = unsafe { self.ring.submission().push(&entry) };
+        // There is an entry for each flight, and a flight has one entry at most.
+        debug_assert!(full.is_ok(), "submission queue is full");
+    }
+
+    /// Starts what is queued.
+    fn start(&mut self) -> io::Result<()> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                Err(e) => {
+                    // Whoever watches the notifier comes back and tries again.
+                    let _full = self.notify.write(1);
+                    return match e.raw_os_error() {
+                        Some(libc::EAGAIN | libc::EBUSY) => Ok(()),
+                        _ => Err(e),
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes completions; true if the rest of a flight was queued.
+    fn harvest(&mut self, done: &mut Vec<Done>) -> bool {
+        let mut again = false;
+        loop {
+            let next = self.ring.completion().next();
+            let Some(completion) = next else { return again };
+            let Ok(number) = u32::try_from(completion.user_data()) else {
+                continue;
+            };
+            let Some(slot) = self.flights.get_mut(number as usize) else {
+                continue;
+            };
+            let Some(mut flight) = slot.take() else {
+                continue;
+            };
+            match flight.settle(completion.result()) {
+                Step::Over(result) => {
+                    self.free.push(number);
+                    done.push(flight.done(result));
+                }
+                Step::Again => {
+                    *slot = Some(flight);
+                    self.issue(number);
+                    again = true;
+                }
+            }
+        }
+    }
+
+    /// Waits for one completion or `limit`.
+    fn wait(&mut self, limit: Duration) -> io::Result<()> {
+        let limit = Timespec::from(limit);
+        let args = SubmitArgs::new().timespec(&limit);
+        match self.ring.submitter().submit_with_args(1, &args) {
+            Ok(_) => Ok(()),
+            Err(e) => match e.raw_os_error() {
+                Some(libc::EINTR | libc::ETIME | libc::EAGAIN | libc::EBUSY) => Ok(()),
+                _ => Err(e),
+            },
+        }
+    }
+}
+
+fn entry(flight: &Flight) -> Entry {
+    let pieces = flight.pieces();
+    // At most `MAX_PIECES`.
+    let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
+    match flight.work() {
+        Work::Read { offset } => opcode::Readv::new(DISK, pieces.as_ptr(), count)
+            .offset(offset)
+            .build(),
+        Work::Write { offset, flags } => opcode::Writev::new(DISK, pieces.as_ptr(), count)
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        Work::Flush => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
+        Work::Allocate {
+            offset, bytes, mode, ..
+        } => opcode::Fallocate::new(DISK, bytes)
+            .offset(offset)
+            .mode(mode)
+            .build(),
+    }
+}
+
+impl Engine for Uring {
+    fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused> {
+        let number = *self.free.last().ok_or(Refused::Full)?;
+        let flight = Flight::new(mem, tag, action)?;
+        self.free.pop();
+        if let Some(slot) = self.flights.get_mut(number as usize) {
+            *slot = Some(flight);
+        }
+        self.issue(number);
+        Ok(())
+    }
+
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+        // What completes during the submission is taken right here and needs no wake-up.
+        self.ring.completion().disable_eventfd();
+        let mut result = self.start();
+        while self.harvest(done) && result.is_ok() {
+            result = self.start();
+        }
+        self.ring.completion().enable_eventfd();
+        // Either the kernel saw the flag, or this sees the completion.
+        fence(Ordering::SeqCst);
+        if self.harvest(done) {
+            result = result.and(self.start());
+        }
+        result
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flights.len().saturating_sub(self.free.len())
+    }
+
+    fn quiesce(&mut self, limit: Duration) -> bool {
+        let until = Instant::now().checked_add(limit);
+        let mut forgotten = Vec::new();
+        loop {
+            self.harvest(&mut forgotten);
+            forgotten.clear();
+            if self.in_flight() == 0 {
+                return true;
+            }
+            let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
+            if left.is_zero() || self.wait(left).is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        if !self.quiesce(DROP_LIMIT) {
+            log::warn!("the host has not finished {} disk operations", self.in_flight());
+            // The kernel may still write to their memory: it stays mapped and pinned for ever.
+            std::mem::forget(std::mem::take(&mut self.flights));
+        }
+    }
+}
