@@ -110,9 +110,9 @@ pub const ENTRY_CR4: u64 = 0x620;
 /// Initial EFER: long mode enabled and active.
 pub const ENTRY_EFER: u64 = 0x500;
 /// Code selector: flat 64-bit, execute and read, accessed.
-pub const ENTRY_CS: u16 = 0x08;
+pub const ENTRY_CS: u16 = 0x10;
 /// Data selectors (DS, ES, SS): flat, read and write, accessed. FS and GS are the same with selector 0.
-pub const ENTRY_DS: u16 = 0x10;
+pub const ENTRY_DS: u16 = 0x18;
 /// The bit that makes a mapping private on SNP.
 pub const C_BIT: u64 = 1 << 51;
 /// RDI at entry: machine without protection.

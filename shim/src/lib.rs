@@ -9,9 +9,18 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod acpi;
+pub mod boot;
 pub mod bytes;
+pub mod bzimage;
 pub mod config;
 pub mod descriptor;
+pub mod efi;
 pub mod layout;
+pub mod plan;
 pub mod reason;
+pub mod sha256;
+pub mod snp;
 pub mod tables;
+pub mod unaccepted;
+pub mod zero_page;

@@ -1,0 +1,154 @@
+//! First instructions, exception entry points and the memory functions that the compiler calls.
+// UNSAFETY: assembly that the processor enters, and the C memory functions.
+#![expect(unsafe_code, reason = "entry code and the memory functions of the C ABI")]
+
+use core::arch::{asm, global_asm};
+
+// The image starts with `entry`; `park`, where other processors stay, is at a fixed distance
+// (layout::AP_PARK_RIP). Exception stubs are 8 bytes each and push their vector.
+global_asm!(
+    ".section .text.start, \"ax\"",
+    ".global entry",
+    "entry:",
+    "    cli",
+    "    cld",
+    "    jmp 1f",
+    "    .balign 16",
+    "park:",
+    "    cli",
+    "0:  hlt",
+    "    jmp 0b",
+    "1:  mov rbx, rdi",
+    "    lea rdi, [bss_start]",
+    "    lea rcx, [bss_end]",
+    "    sub rcx, rdi",
+    "    xor eax, eax",
+    "    rep stosb",
+    "    lgdt [{gdt_pointer}]",
+    "    push {code}",
+    "    lea rax, [2f]",
+    "    push rax",
+    "    retfq",
+    "2:  mov eax, {data}",
+    "    mov ds, eax",
+    "    mov es, eax",
+    "    mov ss, eax",
+    "    mov rdi, rbx",
+    "    call {run}",
+    "    ud2",
+    "    .balign 8",
+    ".global exception_stubs",
+    "exception_stubs:",
+    ".set vector, 0",
+    ".rept 32",
+    "    .byte 0x6a, vector",
+    "    jmp 3f",
+    "    .balign 8, 0xcc",
+    "    .set vector, vector + 1",
+    ".endr",
+    // The stack may be what failed; nothing on it is needed again.
+    "3:  pop rdi",
+    "    mov rsp, {stack}",
+    "    call {exception}",
+    "    ud2",
+    gdt_pointer = sym GDT_POINTER,
+    code = const shim::layout::ENTRY_CS,
+    data = const shim::layout::ENTRY_DS,
+    stack = const shim::layout::ENTRY_RSP,
+    run = sym enter,
+    exception = sym crate::hw::exception,
+);
+
+/// Two null descriptors, then 64-bit code and data at the selectors of Linux' boot protocol; with accessed bits, so that the processor never writes here.
+static GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+#[repr(C, packed)]
+struct GdtPointer {
+    limit: u16,
+    base: &'static [u64; 4],
+}
+
+static GDT_POINTER: GdtPointer = GdtPointer {
+    limit: 31,
+    base: &GDT,
+};
+
+extern "C" fn enter(mode: u64) -> ! {
+    crate::run(mode)
+}
+
+/// C `memcpy`.
+///
+/// # Safety
+/// As in C: `to` and `from` are valid for `len` bytes and do not overlap.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
+    // SAFETY: the caller promises both ranges; the string instruction touches exactly `len` bytes.
+    unsafe {
+        asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") len => _,
+            options(nostack, preserves_flags));
+    }
+    to
+}
+
+/// C `memmove`.
+///
+/// # Safety
+/// As in C: `to` and `from` are valid for `len` bytes.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
+    if to.addr().wrapping_sub(from.addr()) >= len {
+        // SAFETY: a forward copy never overwrites what it has yet to read, as `to` is not inside `from`.
+        return unsafe { memcpy(to, from, len) };
+    }
+    // SAFETY: the caller promises both ranges; the copy runs backwards from their last bytes.
+    unsafe {
+        asm!("std", "rep movsb", "cld",
+            inout("rdi") to.wrapping_add(len).wrapping_sub(1) => _,
+            inout("rsi") from.wrapping_add(len).wrapping_sub(1) => _,
+            inout("rcx") len => _, options(nostack));
+    }
+    to
+}
+
+/// C `memset`.
+///
+/// # Safety
+/// As in C: `to` is valid for `len` bytes.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memset(to: *mut u8, byte: i32, len: usize) -> *mut u8 {
+    // SAFETY: the caller promises the range; the string instruction touches exactly `len` bytes.
+    unsafe {
+        asm!("rep stosb", inout("rdi") to => _, inout("rcx") len => _, in("al") byte.to_le_bytes()[0],
+            options(nostack, preserves_flags));
+    }
+    to
+}
+
+/// C `memcmp`.
+///
+/// # Safety
+/// As in C: `a` and `b` are valid for `len` bytes.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
+    for at in 0..len {
+        // SAFETY: `at` is below `len`, for which the caller promises `a`.
+        let left = unsafe { a.wrapping_add(at).read_volatile() };
+        // SAFETY: `at` is below `len`, for which the caller promises `b`.
+        let right = unsafe { b.wrapping_add(at).read_volatile() };
+        if left != right {
+            return i32::from(left).wrapping_sub(right.into());
+        }
+    }
+    0
+}
+
+/// C `bcmp`.
+///
+/// # Safety
+/// As [`memcmp`].
+#[unsafe(no_mangle)]
+unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
+    // SAFETY: the caller's promise is the same.
+    unsafe { memcmp(a, b, len) }
+}

@@ -1,0 +1,180 @@
+//! The ACPI tables of machine v1 (ACPI 6.5): few, fixed, and made inside the measured image.
+
+use crate::bytes::put;
+use crate::layout::{
+    ECAM, LAPIC, PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE, S5_SLEEP_TYPE,
+};
+use crate::reason::Reason;
+
+/// Compiled from `dsdt.asl`.
+const DSDT: &[u8] = include_bytes!("dsdt.aml");
+const HEADER_LEN: usize = 36;
+const AT_CHECKSUM: usize = 9;
+const RSDP_LEN: usize = 36;
+/// The part of the RSDP that its first checksum covers.
+const RSDP_V1_LEN: usize = 20;
+const FADT_LEN: usize = 276;
+const MADT_FIXED_LEN: usize = 8;
+const MCFG_LEN: usize = 60;
+/// Tables that the XSDT lists.
+const LISTED: usize = 3;
+/// APIC ids from here on need an x2APIC entry.
+const X2APIC_FROM: u32 = 255;
+/// Table alignment.
+const ALIGN: usize = 16;
+
+/// FADT flags: WBINVD works, C1 on all processors, no fixed power or sleep button, reset register,
+/// hardware-reduced.
+const FADT_FLAGS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 10 | 1 << 20;
+/// FADT boot architecture flags: no VGA, no CMOS RTC; and neither legacy devices nor an 8042.
+const FADT_BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+
+/// Tables appended to an area whose first byte has the address `base`.
+struct Area<'a> {
+    bytes: &'a mut [u8],
+    base: u64,
+    used: usize,
+}
+
+/// Writes all tables for `vcpus` processors to `area`, which lies at `base` and is zero; the RSDP comes
+/// first, so `base` is its address.
+///
+/// # Errors
+/// [`Reason::TablesFull`] when `area` is too short.
+pub fn write(area: &mut [u8], base: u64, vcpus: u32) -> Result<(), Reason> {
+    let mut area = Area {
+        bytes: area,
+        base,
+        used: RSDP_LEN.next_multiple_of(ALIGN),
+    };
+    write_all(&mut area, vcpus).ok_or(Reason::TablesFull)
+}
+
+fn write_all(area: &mut Area<'_>, vcpus: u32) -> Option<()> {
+    let dsdt = area.reserve(DSDT.len())?;
+    put(area.bytes, dsdt.at, DSDT)?;
+    let listed = [area.fadt(dsdt.gpa)?, area.madt(vcpus)?, area.mcfg()?];
+    let xsdt = area.table(*b"XSDT", 1, HEADER_LEN.checked_add(LISTED.checked_mul(8)?)?)?;
+    for (slot, gpa) in (xsdt.at.checked_add(HEADER_LEN)?..).step_by(8).zip(listed) {
+        put(area.bytes, slot, &gpa.to_le_bytes())?;
+    }
+    area.seal(&xsdt)?;
+    area.rsdp(xsdt.gpa)
+}
+
+/// A table's place.
+struct Place {
+    at: usize,
+    len: usize,
+    gpa: u64,
+}
+
+impl Area<'_> {
+    fn reserve(&mut self, len: usize) -> Option<Place> {
+        let at = self.used;
+        let gpa = self.base.checked_add(u64::try_from(at).ok()?)?;
+        self.used = at.checked_add(len)?.checked_next_multiple_of(ALIGN)?;
+        (self.used <= self.bytes.len()).then_some(Place { at, len, gpa })
+    }
+
+    /// A table with its header, whose body is still zero.
+    fn table(&mut self, signature: [u8; 4], revision: u8, len: usize) -> Option<Place> {
+        let place = self.reserve(len)?;
+        self.set(&place, 0, &signature)?;
+        self.set(&place, 4, &u32::try_from(len).ok()?.to_le_bytes())?;
+        self.set(&place, 8, &[revision])?;
+        self.set(&place, 10, b"CVMM  CVMMV1  \x01\0\0\0CVMM\x01\0\0\0")?;
+        Some(place)
+    }
+
+    fn set(&mut self, place: &Place, offset: usize, bytes: &[u8]) -> Option<()> {
+        put(self.bytes, place.at.checked_add(offset)?, bytes)
+    }
+
+    fn seal(&mut self, place: &Place) -> Option<()> {
+        let sum = self.sum(place.at, place.len)?;
+        self.set(place, AT_CHECKSUM, &[sum])
+    }
+
+    /// The byte that makes `len` bytes from `at` sum to zero, as long as it itself is zero.
+    fn sum(&self, at: usize, len: usize) -> Option<u8> {
+        let bytes = self.bytes.get(at..at.checked_add(len)?)?;
+        Some(bytes.iter().fold(0u8, |sum, &byte| sum.wrapping_sub(byte)))
+    }
+
+    fn rsdp(&mut self, xsdt: u64) -> Option<()> {
+        let place = Place {
+            at: 0,
+            len: RSDP_LEN,
+            gpa: self.base,
+        };
+        self.set(&place, 0, b"RSD PTR \0CVMM  \x02")?;
+        self.set(&place, 20, &u32::try_from(RSDP_LEN).ok()?.to_le_bytes())?;
+        self.set(&place, 24, &xsdt.to_le_bytes())?;
+        let first = self.sum(0, RSDP_V1_LEN)?;
+        self.set(&place, 8, &[first])?;
+        let extended = self.sum(0, RSDP_LEN)?;
+        self.set(&place, 32, &[extended])
+    }
+
+    /// ACPI 6.5, "Fixed ACPI Description Table (FADT)", hardware-reduced.
+    fn fadt(&mut self, dsdt: u64) -> Option<u64> {
+        let table = self.table(*b"FACP", 6, FADT_LEN)?;
+        self.set(&table, 40, &u32::try_from(dsdt).ok()?.to_le_bytes())?;
+        self.set(&table, 109, &FADT_BOOT_ARCH.to_le_bytes())?;
+        self.set(&table, 112, &FADT_FLAGS.to_le_bytes())?;
+        self.set(&table, 116, &byte_port(PORT_RESET))?;
+        self.set(&table, 128, &[RESET_VALUE])?;
+        self.set(&table, 131, &[5])?;
+        self.set(&table, 140, &dsdt.to_le_bytes())?;
+        self.set(&table, 244, &byte_port(PORT_SLEEP_CONTROL))?;
+        self.set(&table, 256, &byte_port(PORT_SLEEP_STATUS))?;
+        self.set(&table, 268, b"cvmm")?;
+        self.seal(&table)?;
+        Some(table.gpa)
+    }
+
+    /// ACPI 6.5, "Multiple APIC Description Table (MADT)": one enabled processor per vCPU, no I/O APIC.
+    fn madt(&mut self, vcpus: u32) -> Option<u64> {
+        let small = usize::try_from(vcpus.min(X2APIC_FROM)).ok()?.checked_mul(8)?;
+        let large = usize::try_from(vcpus.saturating_sub(X2APIC_FROM))
+            .ok()?
+            .checked_mul(16)?;
+        let fixed = HEADER_LEN.checked_add(MADT_FIXED_LEN)?;
+        let table = self.table(*b"APIC", 5, fixed.checked_add(small)?.checked_add(large)?)?;
+        self.set(&table, HEADER_LEN, &u32::try_from(LAPIC).ok()?.to_le_bytes())?;
+        let mut offset = fixed;
+        for id in 0..vcpus {
+            if id < X2APIC_FROM {
+                let short = u8::try_from(id).ok()?;
+                self.set(&table, offset, &[0, 8, short, short, 1, 0, 0, 0])?;
+                offset = offset.checked_add(8)?;
+            } else {
+                self.set(&table, offset, &[9, 16, 0, 0])?;
+                self.set(&table, offset.checked_add(4)?, &id.to_le_bytes())?;
+                self.set(&table, offset.checked_add(8)?, &1u32.to_le_bytes())?;
+                self.set(&table, offset.checked_add(12)?, &id.to_le_bytes())?;
+                offset = offset.checked_add(16)?;
+            }
+        }
+        self.seal(&table)?;
+        Some(table.gpa)
+    }
+
+    /// PCI Firmware Specification 3.3, "MCFG Table Description": bus 0 of segment 0.
+    fn mcfg(&mut self) -> Option<u64> {
+        let table = self.table(*b"MCFG", 1, MCFG_LEN)?;
+        self.set(&table, 44, &ECAM.to_le_bytes())?;
+        self.seal(&table)?;
+        Some(table.gpa)
+    }
+}
+
+/// A generic address structure for one byte at an I/O port.
+fn byte_port(port: u16) -> [u8; 12] {
+    let [low, high] = port.to_le_bytes();
+    [1, 8, 0, 1, low, high, 0, 0, 0, 0, 0, 0]
+}
+
+/// The DSDT's `_S5` package starts with this sleep type; `dsdt.asl` names it again.
+const _: () = assert!(S5_SLEEP_TYPE == 5);

@@ -1,0 +1,226 @@
+//! The order of work of the boot processor, over a machine that the binary or a test supplies.
+//!
+//! Host data is copied into validated private memory first, checked there, and only then parsed.
+
+use crate::bytes::get;
+use crate::bzimage::{ENTRY_OFFSET, HEADER_END, Kernel};
+use crate::config::{CONFIG_LEN, Config, FLAG_LAZY_ACCEPT};
+use crate::descriptor::{DESCRIPTOR_LEN, Descriptor, Staged};
+use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, STAGING, UNIT};
+use crate::plan::Plan;
+use crate::reason::Reason;
+use crate::sha256::Sha256;
+use crate::zero_page::Links;
+use crate::{acpi, efi, snp, unaccepted, zero_page};
+use core::ops::Range;
+
+/// The zero page.
+const ZERO_PAGE: u64 = HANDOVER;
+/// The command line, one page.
+const CMDLINE: u64 = HANDOVER + PAGE;
+/// Confidential-computing blob and its setup data, one page.
+const CC_BLOB: u64 = HANDOVER + 2 * PAGE;
+/// EFI system table and memory map, one page.
+const EFI: u64 = HANDOVER + 3 * PAGE;
+/// ACPI tables.
+const ACPI: u64 = HANDOVER + 0x1_0000;
+const ACPI_LEN: u64 = 0x1_0000;
+/// Unaccepted-memory table.
+const UNACCEPTED: u64 = HANDOVER + 0x2_0000;
+const UNACCEPTED_LEN: u64 = 0x1_0000;
+/// How much is copied and then hashed while it is in the cache.
+const BLOCK: u64 = 0x1_0000;
+
+/// What the shim runs on.
+pub trait Machine {
+    /// Makes the whole pages of `range` private and usable; their content is undefined.
+    ///
+    /// # Errors
+    /// What the platform found; the caller must stop the machine.
+    fn validate(&mut self, range: &Range<u64>) -> Result<(), Reason>;
+
+    /// Fills validated memory below [`LOW_END`] with zeros.
+    fn wipe(&mut self, range: &Range<u64>);
+
+    /// Private memory that was validated before and that nobody else uses.
+    ///
+    /// # Errors
+    /// [`Reason::Bug`] when the range is the shim's own or no RAM.
+    fn memory(&mut self, gpa: u64, len: u64) -> Result<&mut [u8], Reason>;
+
+    /// Copies `len` bytes from the staging area to private memory, reading each byte once.
+    ///
+    /// # Errors
+    /// [`Reason::Bug`] when a range is not what it should be.
+    fn fetch(&mut self, staged: u64, to: u64, len: u64) -> Result<(), Reason>;
+
+    /// Tells the host that the staging area is no longer needed; nothing may touch it afterwards.
+    ///
+    /// # Errors
+    /// [`Reason::Bug`] when the request cannot be made.
+    fn release_staging(&mut self) -> Result<(), Reason>;
+}
+
+/// Protection of the machine that the shim was entered on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// None.
+    Soft,
+    /// SEV-SNP.
+    Snp,
+}
+
+/// Where to go: the kernel's 64-bit entry point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Address of the first instruction.
+    pub rip: u64,
+    /// Address of the zero page, for RSI.
+    pub zero_page: u64,
+}
+
+/// Checks, copies and prepares everything, up to the jump.
+///
+/// # Errors
+/// The [`Reason`] for which the machine must be stopped.
+pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN]) -> Result<Entry, Reason> {
+    let config = Config::decode(config).map_err(|_| Reason::BadConfig)?;
+    for range in [0..LOW_HOLE, FREE..LOW_END] {
+        machine.validate(&range)?;
+        machine.wipe(&range);
+    }
+    let plan = Plan::new(&config, &fetch_descriptor(machine)?)?;
+    unaccepted::create(machine.memory(UNACCEPTED, UNACCEPTED_LEN)?, &plan.ram)?;
+    let mut header = [0; HEADER_END];
+    let kernel = load_kernel(machine, &plan, &config, &mut header)?;
+    load_initrd(machine, &plan, &config)?;
+    if mode == Mode::Soft || config.flags & FLAG_LAZY_ACCEPT == 0 {
+        accept_rest(machine)?;
+    }
+    acpi::write(machine.memory(ACPI, ACPI_LEN)?, ACPI, plan.vcpus)?;
+    let cmdline = machine.memory(CMDLINE, PAGE)?;
+    for (to, from) in cmdline.iter_mut().zip(config.cmdline) {
+        *to = *from;
+    }
+    let setup_data = if mode == Mode::Snp {
+        link_snp(machine, &plan)?
+    } else {
+        0
+    };
+    let links = Links {
+        rsdp: ACPI,
+        cmdline: CMDLINE,
+        setup_data,
+    };
+    zero_page::write(machine.memory(ZERO_PAGE, PAGE)?, &plan, &kernel, &header, &links)?;
+    machine.release_staging()?;
+    Ok(Entry {
+        rip: KERNEL.wrapping_add(ENTRY_OFFSET),
+        zero_page: ZERO_PAGE,
+    })
+}
+
+/// The descriptor, copied once and then parsed; its place is wiped.
+fn fetch_descriptor<M: Machine>(machine: &mut M) -> Result<Descriptor, Reason> {
+    let len = DESCRIPTOR_LEN as u64;
+    machine.fetch(STAGING, ZERO_PAGE, len)?;
+    let copy = machine.memory(ZERO_PAGE, len)?;
+    let descriptor = get(copy, 0).and_then(|copy| Descriptor::decode(&copy));
+    copy.fill(0);
+    descriptor.ok_or(Reason::BadDescriptor)
+}
+
+/// Validates `range` and records it, so that it can never be validated again.
+fn accept<M: Machine>(machine: &mut M, range: &Range<u64>) -> Result<(), Reason> {
+    unaccepted::take(machine.memory(UNACCEPTED, UNACCEPTED_LEN)?, range)?;
+    machine.validate(range)
+}
+
+/// Validates every unit of RAM that is not yet.
+fn accept_rest<M: Machine>(machine: &mut M) -> Result<(), Reason> {
+    let mut from = 0;
+    while let Some(unit) = unaccepted::next(machine.memory(UNACCEPTED, UNACCEPTED_LEN)?, from) {
+        let start = unit.saturating_mul(UNIT);
+        accept(machine, &(start..start.saturating_add(UNIT)))?;
+        from = unit;
+    }
+    Ok(())
+}
+
+/// Copies a staged file to `to` and gives the digest of the private copy.
+fn copy_and_hash<M: Machine>(machine: &mut M, file: Staged, to: u64) -> Result<[u8; 32], Reason> {
+    let mut hash = Sha256::default();
+    let mut done = 0u64;
+    loop {
+        let len = file.len.saturating_sub(done).min(BLOCK);
+        let place = to.saturating_add(done);
+        machine.fetch(file.gpa.saturating_add(done), place, len)?;
+        let copy = machine.memory(place, len)?;
+        if len < BLOCK {
+            return Ok(hash.finish(copy));
+        }
+        let rest = hash.update(copy);
+        debug_assert!(rest.is_empty());
+        done = done.saturating_add(len);
+    }
+}
+
+/// Brings in the kernel and leaves its protected-mode part at [`KERNEL`], its header in `header`.
+fn load_kernel<M: Machine>(
+    machine: &mut M,
+    plan: &Plan,
+    config: &Config<'_>,
+    header: &mut [u8; HEADER_END],
+) -> Result<Kernel, Reason> {
+    let file = plan.kernel_range(plan.kernel.len)?;
+    accept(machine, &file)?;
+    if copy_and_hash(machine, plan.kernel, KERNEL)? != config.kernel.sha256 {
+        return Err(Reason::KernelMismatch);
+    }
+    let copy = machine.memory(KERNEL, plan.kernel.len)?;
+    *header = get(copy, 0).ok_or(Reason::BadKernel)?;
+    let kernel = Kernel::parse(header, plan.kernel.len, config.cmdline.len())?;
+    let setup_len = usize::try_from(kernel.setup_len).map_err(|_| Reason::BadKernel)?;
+    if setup_len > copy.len() {
+        return Err(Reason::BadKernel);
+    }
+    copy.copy_within(setup_len.., 0);
+    let all = plan.kernel_range(kernel.init_size)?;
+    accept(machine, &(file.end..all.end.max(file.end)))?;
+    Ok(kernel)
+}
+
+fn load_initrd<M: Machine>(machine: &mut M, plan: &Plan, config: &Config<'_>) -> Result<(), Reason> {
+    if plan.initrd.len == 0 {
+        return Ok(());
+    }
+    accept(machine, &plan.initrd_range())?;
+    if copy_and_hash(machine, plan.initrd, plan.initrd_to)? != config.initrd.sha256 {
+        return Err(Reason::InitrdMismatch);
+    }
+    Ok(())
+}
+
+/// Blob, EFI tables and their links in the zero page; gives the head of the setup data list.
+fn link_snp<M: Machine>(machine: &mut M, plan: &Plan) -> Result<u64, Reason> {
+    let cc = snp::write_cc_blob(machine.memory(CC_BLOB, PAGE)?, CC_BLOB)?;
+    let targets = efi::Targets {
+        rsdp: ACPI,
+        unaccepted: UNACCEPTED,
+        cc_blob: cc.blob,
+    };
+    let tables = efi::write(machine.memory(EFI, PAGE)?, EFI, &plan.ram, &targets)?;
+    let page = machine.memory(ZERO_PAGE, PAGE)?;
+    zero_page::link_efi(
+        page,
+        tables.system_table,
+        tables.map,
+        tables.map_len,
+        efi::MEMORY_ENTRY_LEN,
+    )?;
+    Ok(cc.setup_data)
+}
+
+#[cfg(test)]
+#[path = "boot_tests.rs"]
+mod tests;

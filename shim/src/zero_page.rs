@@ -1,0 +1,141 @@
+//! The zero page and memory map for Linux (`Documentation/arch/x86/zero-page.rst`).
+
+use crate::bytes::put;
+use crate::bzimage::{HEADER_START, Kernel};
+use crate::layout::{ECAM, ECAM_LEN, HANDOVER, LOW_END, LOW_HOLE, TEXT};
+use crate::plan::{Plan, Ram};
+use crate::reason::Reason;
+use core::ops::Range;
+
+const AT_RSDP: usize = 0x070;
+const AT_EFI_INFO: usize = 0x1c0;
+const AT_E820_COUNT: usize = 0x1e8;
+const AT_LOADER_TYPE: usize = 0x210;
+const AT_LOAD_FLAGS: usize = 0x211;
+const AT_RAMDISK: usize = 0x218;
+const AT_CMDLINE: usize = 0x228;
+const AT_SETUP_DATA: usize = 0x250;
+const AT_E820: usize = 0x2d0;
+const E820_ENTRY_LEN: usize = 20;
+/// type_of_loader: none that has a number.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// loadflags: the protected-mode part lies at 1 MiB or above.
+const LOADED_HIGH: u8 = 1;
+
+/// What a range of memory is to the kernel; the numbers are those of e820.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Usable RAM.
+    Ram = 1,
+    /// Never to be touched.
+    Reserved = 2,
+    /// Tables that the kernel reads and keeps.
+    Acpi = 3,
+}
+
+/// The memory map of machine v1, in ascending order; the last range may be empty.
+#[must_use]
+pub fn memory_map(ram: &Ram) -> [(Range<u64>, Kind); 6] {
+    [
+        (0..LOW_HOLE, Kind::Ram),
+        (TEXT..HANDOVER, Kind::Reserved),
+        (HANDOVER..LOW_END, Kind::Acpi),
+        (LOW_END..ram.low().end, Kind::Ram),
+        (ECAM..ECAM.wrapping_add(ECAM_LEN), Kind::Reserved),
+        (ram.high(), Kind::Ram),
+    ]
+}
+
+/// Addresses of what the zero page points at; 0 stands for nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    /// ACPI RSDP.
+    pub rsdp: u64,
+    /// Command line, terminated by NUL.
+    pub cmdline: u64,
+    /// First node of the setup data list.
+    pub setup_data: u64,
+}
+
+/// Fills the zero page `page`, which is all zero; `header` are the kernel file's first bytes.
+///
+/// # Errors
+/// [`Reason::TablesFull`] when something does not fit, which the fixed layout excludes.
+pub fn write(
+    page: &mut [u8],
+    plan: &Plan,
+    kernel: &Kernel,
+    header: &[u8],
+    links: &Links,
+) -> Result<(), Reason> {
+    fill(page, plan, kernel, header, links).ok_or(Reason::TablesFull)
+}
+
+fn fill(page: &mut [u8], plan: &Plan, kernel: &Kernel, header: &[u8], links: &Links) -> Option<()> {
+    put(page, HEADER_START, header.get(kernel.header.clone())?)?;
+    put(page, AT_LOADER_TYPE, &[LOADER_UNDEFINED])?;
+    let flags = page.get_mut(AT_LOAD_FLAGS)?;
+    *flags |= LOADED_HIGH;
+    put(page, AT_RSDP, &links.rsdp.to_le_bytes())?;
+    put(
+        page,
+        AT_CMDLINE,
+        &u32::try_from(links.cmdline).ok()?.to_le_bytes(),
+    )?;
+    put(page, AT_SETUP_DATA, &links.setup_data.to_le_bytes())?;
+    let initrd_at = if plan.initrd.len == 0 { 0 } else { plan.initrd_to };
+    put(page, AT_RAMDISK, &u32::try_from(initrd_at).ok()?.to_le_bytes())?;
+    put(
+        page,
+        AT_RAMDISK.checked_add(4)?,
+        &u32::try_from(plan.initrd.len).ok()?.to_le_bytes(),
+    )?;
+    let mut count = 0u8;
+    let mut slots = (AT_E820..).step_by(E820_ENTRY_LEN);
+    for (range, kind) in memory_map(&plan.ram) {
+        let len = range.end.checked_sub(range.start)?;
+        if len != 0 {
+            put(page, slots.next()?, &e820_entry(range.start, len, kind))?;
+            count = count.checked_add(1)?;
+        }
+    }
+    put(page, AT_E820_COUNT, &[count])
+}
+
+fn e820_entry(start: u64, len: u64, kind: Kind) -> [u8; E820_ENTRY_LEN] {
+    let mut entry = [0; E820_ENTRY_LEN];
+    let fields = [start.to_le_bytes(), len.to_le_bytes()];
+    let kind = (kind as u32).to_le_bytes();
+    for (to, from) in entry.iter_mut().zip(fields.as_flattened().iter().chain(&kind)) {
+        *to = *from;
+    }
+    entry
+}
+
+/// Points the zero page at EFI tables: a system table and `map_len` bytes of memory map with entries of
+/// `entry_len` bytes. All addresses lie below 4 GiB.
+///
+/// # Errors
+/// [`Reason::TablesFull`] when an address is too high, which the fixed layout excludes.
+pub fn link_efi(
+    page: &mut [u8],
+    system_table: u64,
+    map: u64,
+    map_len: u32,
+    entry_len: u32,
+) -> Result<(), Reason> {
+    let low = |gpa| u32::try_from(gpa).map_err(|_| Reason::TablesFull);
+    let signature = u32::from_le_bytes(*b"EL64");
+    let info = [
+        signature,
+        low(system_table)?,
+        entry_len,
+        1,
+        low(map)?,
+        map_len,
+        0,
+        0,
+    ]
+    .map(u32::to_le_bytes);
+    put(page, AT_EFI_INFO, info.as_flattened()).ok_or(Reason::TablesFull)
+}
