@@ -84,11 +84,13 @@ impl<'a> Parts<'a> {
         self.list.get(..self.count).unwrap_or_default()
     }
 
-    /// Copies `data` to the front of the pieces and returns how many bytes fitted.
-    pub fn fill(&self, mut data: &[u8]) -> usize {
+    /// Copies `data` into the pieces, behind their first `skip` bytes, and returns how many bytes fitted.
+    pub fn fill(&self, mut skip: usize, mut data: &[u8]) -> usize {
         let mut done = 0_usize;
         for piece in self.pieces() {
-            let count = piece.write(data, 0).unwrap_or(0);
+            let from = skip.min(piece.len());
+            skip = skip.saturating_sub(from);
+            let count = piece.write(data, from).unwrap_or(0);
             data = data.get(count..).unwrap_or_default();
             done = done.saturating_add(count);
         }
@@ -186,8 +188,8 @@ mod tests {
         let mut tail = vec![];
         parts.append_to(&mut tail, 2);
         assert_eq!(tail, b"cdef\0\0");
-        assert_eq!(parts.fill(b"0123456789"), 8);
-        assert_eq!((&a, &b), (b"012", b"34567"));
+        assert_eq!(parts.fill(1, b"123456789"), 7);
+        assert_eq!((&a, &b), (b"a12", b"34567"));
     }
 
     #[test]
@@ -196,7 +198,6 @@ mod tests {
         let mut parts = Parts::new();
         let taken = bytes
             .chunks_mut(1)
-            .filter(|_| true)
             .map(|b| parts.push(b))
             .filter(|ok| *ok)
             .count();

@@ -8,5 +8,6 @@ pub mod iov;
 pub mod kvm;
 pub mod mem;
 pub mod platform;
+pub mod poll;
 pub mod tap;
 pub mod x86;

@@ -2,4 +2,5 @@
 pub mod device;
 #[cfg(test)]
 pub mod mock;
+pub mod net;
 pub mod queue;

@@ -1,0 +1,233 @@
+//! The running device: queue pairs, their links and the control queue.
+
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arch::mem::SharedMem;
+use arch::poll::{Interest, Poll};
+
+use super::super::device::{Activation, Running};
+use super::super::queue::{Chain, QueueBroken, VirtQueue};
+use super::header::{MAX_BYTES, net_feature};
+use super::link::Link;
+use super::rx::{Rx, RxEnd};
+use super::tx::Tx;
+
+/// Where the links are while no driver is up.
+pub(super) type Shelf = Arc<Mutex<Vec<Box<dyn Link>>>>;
+
+/// Most control commands per kick.
+const COMMANDS: usize = 64;
+/// `VIRTIO_NET_CTRL_MQ`, `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
+const SET_PAIRS: [u8; 2] = [4, 0];
+const ACK_OK: u8 = 0;
+const ACK_ERR: u8 = 1;
+
+/// A queue pair and its link.
+#[derive(Debug)]
+struct Pair {
+    link: Box<dyn Link>,
+    rx: Option<Rx>,
+    tx: Option<Tx>,
+    active: bool,
+    rx_starved: bool,
+    tx_waits: bool,
+    hung_up: bool,
+    /// What the epoll descriptor watches.
+    watched: Interest,
+}
+
+impl Pair {
+    fn receive(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<(), QueueBroken> {
+        if let Some(rx) = &mut self.rx
+            && self.active
+            && !self.hung_up
+        {
+            let end = rx.run(mem, &mut *self.link, spill)?;
+            self.rx_starved = end == RxEnd::Starved;
+            self.hung_up = end == RxEnd::HungUp;
+        }
+        Ok(())
+    }
+
+    fn transmit(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<(), QueueBroken> {
+        if let Some(tx) = &mut self.tx {
+            self.tx_waits = tx.run(mem, &mut *self.link, spill)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the epoll descriptor watch what can be acted on, and nothing else: it is level-triggered.
+    fn watch(&mut self, poll: &Poll, index: u64) {
+        let held = self.link.held();
+        let live = self.active && !self.hung_up;
+        let wanted = Interest {
+            read: live && self.rx.is_some() && !self.rx_starved,
+            write: live && (self.tx_waits || held.outgoing || held.incoming && !self.rx_starved),
+        };
+        if let Err(e) = poll.watch(self.link.fd(), index, &mut self.watched, wanted) {
+            log::warn!("network link cannot be watched: {e}");
+        }
+    }
+}
+
+/// A network device whose driver is up.
+#[derive(Debug)]
+pub(super) struct NetRunning {
+    mem: SharedMem,
+    poll: Arc<Poll>,
+    shelf: Shelf,
+    pairs: Vec<Pair>,
+    control: Option<(usize, VirtQueue)>,
+    features: u64,
+    spill: Box<[u8]>,
+}
+
+impl NetRunning {
+    pub(super) fn start(with: Activation, poll: Arc<Poll>, shelf: Shelf) -> io::Result<Self> {
+        let links = std::mem::take(&mut *shelf.lock().unwrap_or_else(PoisonError::into_inner));
+        if links.is_empty() {
+            return Err(io::Error::other("the network device is already running"));
+        }
+        let features = with.features;
+        let control_index = if features & net_feature::MQ != 0 {
+            links.len().saturating_mul(2)
+        } else {
+            2
+        };
+        let mut queues = with.queues;
+        let control = queues.get_mut(control_index).and_then(Option::take);
+        let has_control = features & net_feature::CTRL_VQ != 0;
+        let mut queues = queues.into_iter();
+        let mut next = || queues.next().flatten();
+        let pairs = links
+            .into_iter()
+            .map(|link| Pair {
+                link,
+                rx: next().map(|queue| Rx::new(queue, features)),
+                tx: next().map(|queue| Tx::new(queue, features)),
+                active: false,
+                rx_starved: false,
+                tx_waits: false,
+                hung_up: false,
+                watched: Interest::NONE,
+            })
+            .collect();
+        let mut running = Self {
+            mem: with.mem,
+            poll,
+            shelf,
+            pairs,
+            control: control
+                .filter(|_| has_control)
+                .map(|queue| (control_index, queue)),
+            features,
+            spill: vec![0; MAX_BYTES].into(),
+        };
+        running.set_pairs(1)?;
+        Ok(running)
+    }
+
+    /// Uses the first `count` pairs only.
+    fn set_pairs(&mut self, count: usize) -> io::Result<()> {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            pair.active = index < count;
+            // Before it is detached: a detached tap is always ready.
+            pair.watch(&self.poll, index as u64);
+            pair.link.attach(pair.active.then_some(self.features))?;
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, chain: &Chain) -> u8 {
+        let mut bytes = [0; 4];
+        let mut reader = chain.reader(&self.mem);
+        if reader.left() != bytes.len() as u64 || reader.read_exact(&mut bytes).is_err() {
+            return ACK_ERR;
+        }
+        let [class, command, low, high] = bytes;
+        let count = usize::from(u16::from_le_bytes([low, high]));
+        let known = [class, command] == SET_PAIRS && self.features & net_feature::MQ != 0;
+        if known && (1..=self.pairs.len()).contains(&count) && self.set_pairs(count).is_ok() {
+            ACK_OK
+        } else {
+            ACK_ERR
+        }
+    }
+
+    fn control(&mut self, queue: &mut VirtQueue) -> Result<(), QueueBroken> {
+        for _ in 0..COMMANDS {
+            let Some(chain) = queue.pop(&self.mem)? else {
+                if queue.enable_kicks(&self.mem)? {
+                    continue;
+                }
+                break;
+            };
+            if chain.readable_bytes() < SET_PAIRS.len() as u64 || chain.writable_bytes() == 0 {
+                return Err(chain.bad_shape(queue.index()));
+            }
+            let ack = self.command(&chain);
+            if chain.writer(&self.mem).write_all(&[ack]).is_err() {
+                return Err(chain.bad_shape(queue.index()));
+            }
+            queue.push(&self.mem, chain.head(), 1)?;
+        }
+        queue.notify(&self.mem)
+    }
+
+    fn serve(&mut self, index: usize) -> Result<(), QueueBroken> {
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return Ok(());
+        };
+        pair.receive(&self.mem, &mut self.spill)?;
+        if pair.tx_waits {
+            pair.transmit(&self.mem, &mut self.spill)?;
+        }
+        pair.watch(&self.poll, index as u64);
+        Ok(())
+    }
+}
+
+impl Running for NetRunning {
+    fn on_kick(&mut self, queue: usize) -> Result<(), QueueBroken> {
+        if let Some((index, mut control)) = self.control.take_if(|(index, _)| *index == queue) {
+            let outcome = self.control(&mut control);
+            self.control = Some((index, control));
+            return outcome;
+        }
+        let index = queue / 2;
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return Ok(());
+        };
+        if queue.is_multiple_of(2) {
+            if pair.rx_starved {
+                pair.receive(&self.mem, &mut self.spill)?;
+            }
+        } else {
+            pair.transmit(&self.mem, &mut self.spill)?;
+        }
+        pair.watch(&self.poll, index as u64);
+        Ok(())
+    }
+
+    fn on_backend(&mut self) -> Result<(), QueueBroken> {
+        if self.pairs.len() == 1 {
+            return self.serve(0);
+        }
+        for (index, _) in self.poll.ready().iter() {
+            self.serve(usize::try_from(index).unwrap_or(usize::MAX))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for NetRunning {
+    fn drop(&mut self) {
+        let mut shelf = self.shelf.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, mut pair) in self.pairs.drain(..).enumerate() {
+            pair.active = false;
+            pair.watch(&self.poll, index as u64);
+            shelf.push(pair.link);
+        }
+    }
+}
