@@ -1,4 +1,9 @@
 //! The driver's side of a virtqueue, and guest memory, for tests of devices and transports.
+#![expect(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "a test may end in a panic"
+)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

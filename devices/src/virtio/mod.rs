@@ -4,3 +4,4 @@ pub mod device;
 pub mod mock;
 pub mod net;
 pub mod queue;
+pub mod transport;

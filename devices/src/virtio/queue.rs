@@ -7,12 +7,14 @@
 mod used;
 
 use std::io::{self, Read, Write};
+use std::sync::Arc;
 
 use arch::addr::Gpa;
 use arch::mem::SharedMem;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::feature;
 
@@ -48,6 +50,16 @@ pub enum RingError {
     /// Rings outside shared memory, or indices that make no sense.
     #[error("ring is malformed or not in shared memory")]
     Ring(#[source] virtio_queue::Error),
+    /// A part of the queue that the driver put outside shared memory.
+    #[error("{part} at {start:#x}+{bytes:#x} is not in shared memory")]
+    Outside {
+        /// Which part.
+        part: &'static str,
+        /// Guest-physical address.
+        start: u64,
+        /// Length.
+        bytes: u64,
+    },
     /// The chain starts at a descriptor that does not exist.
     #[error("available ring names descriptor {head}, the table has {size}")]
     Head {
@@ -112,6 +124,58 @@ pub enum RingError {
         /// First descriptor of the chain.
         head: u16,
     },
+}
+
+/// Where a driver wants a queue to be; not checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// Descriptors.
+    pub size: u16,
+    /// Address of the descriptor table.
+    pub table: u64,
+    /// Address of the available ring, the driver's area.
+    pub driver: u64,
+    /// Address of the used ring, the device's area.
+    pub device: u64,
+}
+
+impl Placement {
+    /// A queue here, of at most `max` descriptors.
+    ///
+    /// # Errors
+    /// Size or alignment breaks a rule, or a part is not in shared memory.
+    pub fn check(&self, max: u16, mem: &SharedMem) -> Result<Queue, RingError> {
+        let mut queue = Queue::new(max).map_err(RingError::Ring)?;
+        queue.try_set_size(self.size).map_err(RingError::Ring)?;
+        let place = |at| GuestAddress(at);
+        queue
+            .try_set_desc_table_address(place(self.table))
+            .and_then(|()| queue.try_set_avail_ring_address(place(self.driver)))
+            .and_then(|()| queue.try_set_used_ring_address(place(self.device)))
+            .map_err(RingError::Ring)?;
+        let size = u64::from(self.size);
+        // Each ring has four bytes before its entries and two behind.
+        let parts = [
+            (
+                "descriptor table",
+                self.table,
+                size.saturating_mul(DESCRIPTOR_BYTES),
+            ),
+            (
+                "available ring",
+                self.driver,
+                size.saturating_mul(2).saturating_add(6),
+            ),
+            ("used ring", self.device, size.saturating_mul(8).saturating_add(6)),
+        ];
+        for (part, start, bytes) in parts {
+            if !mem.all_shared(Gpa(start), bytes) {
+                return Err(RingError::Outside { part, start, bytes });
+            }
+        }
+        queue.set_ready(true);
+        Ok(queue)
+    }
 }
 
 /// One buffer of a chain, inside shared memory when it was checked.
@@ -288,6 +352,7 @@ pub struct VirtQueue {
     in_flight: u16,
     /// Used index at the last [`notify`](Self::notify).
     announced: u16,
+    kick: Option<Arc<EventFd>>,
 }
 
 impl VirtQueue {
@@ -301,6 +366,23 @@ impl VirtQueue {
             indirect: features & feature::INDIRECT_DESC != 0,
             irq,
             in_flight: 0,
+            kick: None,
+        }
+    }
+
+    /// Gives the queue the event of its own kicks, for [`kick_again`](Self::kick_again).
+    #[must_use]
+    pub fn with_kick(mut self, kick: Arc<EventFd>) -> Self {
+        self.kick = Some(kick);
+        self
+    }
+
+    /// Makes [`on_kick`](super::device::Running::on_kick) be called again soon, as if the driver had kicked: for a
+    /// device that has more to do than one wake-up should.
+    pub fn kick_again(&self) {
+        if let Some(kick) = &self.kick {
+            // It fails only if 2^64 - 2 kicks are waiting, which is as good as one more.
+            let _ = kick.write(1);
         }
     }
 
