@@ -84,6 +84,11 @@ pub fn for_vcpu(mut table: CpuidTable, index: u32) -> CpuidTable {
     table
 }
 
+/// True if the guest's page tables may have 1 GiB pages (CPUID 0x80000001 EDX bit 26).
+pub fn has_gib_pages(table: &CpuidTable) -> bool {
+    table.get(0x8000_0001, 0).is_some_and(|e| e.edx & 1 << 26 != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

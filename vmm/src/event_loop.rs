@@ -7,9 +7,12 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Events taken from the kernel at a time.
 const BATCH: usize = 32;
+/// Low bits of an event's data tell which of its handler's descriptors it is.
+const SOURCE_BITS: u32 = 16;
 
-/// Runs when its descriptor is readable. It must drain the descriptor, or it runs again.
-pub type Handler = Box<dyn FnMut() + Send>;
+/// Runs when one of its descriptors is readable, and is told which. It must drain a level-triggered descriptor,
+/// or it runs again.
+pub type Handler = Box<dyn FnMut(u16) + Send>;
 
 /// Descriptors and their handlers.
 pub struct EventLoop {
@@ -19,7 +22,7 @@ pub struct EventLoop {
 
 impl std::fmt::Debug for EventLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "EventLoop({} sources)", self.handlers.len())
+        write!(f, "EventLoop({} handlers)", self.handlers.len())
     }
 }
 
@@ -35,13 +38,27 @@ impl EventLoop {
         })
     }
 
-    /// Watches `fd`, which `handler` keeps open.
+    /// Watches one descriptor, which `handler` keeps open.
     ///
     /// # Errors
     /// `fd` cannot be watched.
     pub fn add(&mut self, fd: RawFd, handler: Handler) -> io::Result<()> {
-        let event = EpollEvent::new(EventSet::IN, self.handlers.len() as u64);
-        self.epoll.ctl(ControlOperation::Add, fd, event)?;
+        self.add_many(handler, |epoll, token| {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
+        })
+    }
+
+    /// Lets `watch` put descriptors into the epoll set with data from the given token up to 65535 more; the
+    /// handler is told the difference.
+    ///
+    /// # Errors
+    /// Those of `watch`.
+    pub fn add_many(
+        &mut self,
+        handler: Handler,
+        watch: impl FnOnce(&Epoll, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        watch(&self.epoll, (self.handlers.len() as u64) << SOURCE_BITS)?;
         self.handlers.push(handler);
         Ok(())
     }
@@ -57,9 +74,10 @@ impl EventLoop {
             other => other?,
         };
         for event in events.iter().take(count) {
-            let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            let index = usize::try_from(event.data() >> SOURCE_BITS).unwrap_or(usize::MAX);
+            let source = u16::try_from(event.data() & 0xffff).unwrap_or_default();
             if let Some(handler) = self.handlers.get_mut(index) {
-                handler();
+                handler(source);
             }
         }
         Ok(())

@@ -94,3 +94,10 @@ impl Sealed for SoftSealed {
         ))
     }
 }
+
+/// How the shim is entered on a platform.
+pub fn mode(kind: Kind) -> crate::plan::Mode {
+    match kind {
+        Kind::Soft => crate::plan::Mode::Soft,
+    }
+}

@@ -1,0 +1,98 @@
+//! From a specification to a machine that is ready to run.
+
+use std::io;
+use std::sync::Arc;
+
+use arch::kvm::gmem::Gmem;
+use arch::kvm::system::Host;
+use arch::kvm::vcpu::Vcpu;
+use arch::kvm::vm::Vm;
+use arch::mem::map::HostRam;
+use arch::mem::{SharedMem, Visibility, VisibilityMap};
+use arch::platform::{Foundation, Platform};
+use arch::x86::cpuid::CpuidTable;
+
+use super::MachineError;
+use crate::cpuid;
+use crate::ram::{self, GuestRam, KvmBacking};
+
+/// A VM with memory, before anything is launched into it.
+#[derive(Debug)]
+pub(super) struct Ground {
+    pub(super) vm: Arc<Vm>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) host_ram: HostRam,
+    pub(super) cpuid: CpuidTable,
+}
+
+pub(super) fn step(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+    move |source| MachineError::Host { what, source }
+}
+
+impl Ground {
+    /// Creates the VM and its RAM for `platform`.
+    pub(super) fn lay(
+        host: &Host,
+        platform: &dyn Platform,
+        memory_bytes: u64,
+        cpus: u32,
+    ) -> Result<Self, MachineError> {
+        let mut table = host.supported_cpuid().map_err(step("asking KVM for CPUID"))?;
+        platform.adapt_cpuid(&mut table);
+        let table = cpuid::machine_v1(table, cpus);
+        let vm = Vm::create(host, platform.vm_type()).map_err(step("creating the VM"))?;
+        let vm = Arc::new(vm);
+        let ranges = ram::ranges(memory_bytes).map_err(|e| step("placing RAM")(io::Error::other(e)))?;
+        let host_ram = HostRam::allocate(&ranges).map_err(step("reserving guest RAM"))?;
+        let private = platform.private_memory();
+        let gmem = if private {
+            Some(Gmem::new(&vm, memory_bytes).map_err(step("creating guest_memfd"))?)
+        } else {
+            None
+        };
+        let backing =
+            KvmBacking::new(Arc::clone(&vm), host_ram.clone(), gmem).map_err(step("mapping guest RAM"))?;
+        let initial = if private {
+            Visibility::Private
+        } else {
+            Visibility::Shared
+        };
+        if private {
+            for range in &ranges {
+                vm.set_visibility(*range, initial)
+                    .map_err(step("making guest RAM private"))?;
+            }
+        }
+        let visible = Arc::new(VisibilityMap::new(&ranges, initial));
+        let shared = SharedMem::new(Arc::clone(host_ram.map()), Arc::clone(&visible));
+        let ram = Arc::new(GuestRam::new(shared, visible, Box::new(backing)));
+        Ok(Self {
+            vm,
+            ram,
+            host_ram,
+            cpuid: table,
+        })
+    }
+
+    /// What a platform needs to begin its launch.
+    pub(super) fn foundation(&self) -> Foundation {
+        Foundation {
+            vm: Arc::clone(&self.vm),
+            ram: self.host_ram.clone(),
+            shared: self.ram.shared().clone(),
+            cpuid: self.cpuid.clone(),
+        }
+    }
+
+    /// Creates all vCPUs, each with its CPUID. Only after the platform has begun its launch.
+    pub(super) fn vcpus(&self, cpus: u32) -> Result<Vec<Vcpu>, MachineError> {
+        (0..cpus)
+            .map(|index| {
+                let vcpu = self.vm.create_vcpu(index)?;
+                vcpu.set_cpuid(&cpuid::for_vcpu(self.cpuid.clone(), index))?;
+                Ok(vcpu)
+            })
+            .collect::<io::Result<_>>()
+            .map_err(step("creating vCPUs"))
+    }
+}

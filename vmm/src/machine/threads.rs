@@ -1,0 +1,66 @@
+//! The vCPU threads.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use arch::kvm::vcpu::{Vcpu, kick_signal};
+use vmm_sys_util::signal::Killable;
+
+use super::inbox::{Address, Note};
+use crate::vcpu::{self, Services, VcpuEnd};
+
+/// Time between two kicks of a thread that has not come out of the guest yet.
+const KICK_AGAIN: Duration = Duration::from_millis(2);
+
+/// All vCPU threads of one machine. Dropping it stops them.
+#[derive(Debug)]
+pub(super) struct VcpuThreads {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl VcpuThreads {
+    /// Starts a thread for each vCPU.
+    pub(super) fn start(
+        vcpus: Vec<Vcpu>,
+        services: Arc<Services>,
+        addresses: Vec<Address>,
+    ) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut all = Self {
+            stop: Arc::clone(&stop),
+            threads: vec![],
+        };
+        for (mut vcpu, to_main) in vcpus.into_iter().zip(addresses) {
+            let (services, stop) = (Arc::clone(&services), Arc::clone(&stop));
+            let name = format!("vcpu{}", vcpu.index());
+            let thread = Builder::new().name(name).spawn(move || {
+                let end = vcpu::run(&mut vcpu, &services, &stop);
+                if !matches!(end, VcpuEnd::Stopped) {
+                    to_main.send(Note::VcpuEnded(end));
+                }
+            })?;
+            all.threads.push(thread);
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() {
+                // ESRCH: it has just ended.
+                let _ = thread.kill(kick_signal());
+                std::thread::sleep(KICK_AGAIN);
+            }
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked; this is a bug of cvmm");
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The launch plan of machine v1: the measured shim, its tables and parameters, and the vCPUs' first state.
+//!
+//! Built from the same arguments by `cvmm run`, which applies it, and by `cvmm measure`, which folds it.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+
+use arch::addr::{BadRange, Gpa, PageRange};
+use arch::platform::{LaunchPage, LaunchPlan, PageKind};
+use arch::x86::regs::{BootState, General, Segment};
+use sha2::{Digest, Sha256};
+use shim::config::{Blob, Config, ConfigError};
+use shim::layout;
+
+/// The shim of machine v1; its bytes are the measurement. `scripts/shim --check` rebuilds and compares them.
+pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
+
+/// How the shim is entered; decides about the C-bit and the pages only one platform has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// No protection.
+    Soft,
+    /// AMD SEV-SNP.
+    Snp,
+}
+
+/// Where 2 MiB page tables go on hosts that offer no 1 GiB pages: RAM that the shim does not use.
+const SMALL_TABLES: u64 = layout::LOW_END;
+/// GiBs that get such a table: all low RAM and the first of the staging area.
+const SMALL_TABLE_GIBS: [u64; 8] = [0, 1, 2, 3, 448, 449, 450, 451];
+
+/// What the owner fixes.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// The kernel file.
+    pub kernel: Blob,
+    /// The initrd; length 0 if there is none.
+    pub initrd: Blob,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// The plan cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The owner's parameters do not fit the page.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A constant of the layout is wrong.
+    #[error(transparent)]
+    Layout(#[from] BadRange),
+}
+
+/// Length and SHA-256 of `file`, from its beginning.
+///
+/// # Errors
+/// Reading fails.
+pub fn blob(file: &mut File) -> io::Result<Blob> {
+    file.rewind()?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    let mut len = 0_u64;
+    loop {
+        let count = file.read(&mut buffer)?;
+        let Some(part) = buffer.get(..count).filter(|part| !part.is_empty()) else {
+            break;
+        };
+        hash.update(part);
+        len = len.saturating_add(count as u64);
+    }
+    Ok(Blob {
+        len,
+        sha256: hash.finalize().into(),
+    })
+}
+
+/// The launch plan for `cpus` vCPUs. Page order is measurement order and part of machine v1.
+///
+/// # Errors
+/// See [`PlanError`].
+pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan, PlanError> {
+    let config = Config {
+        flags: if mode == Mode::Snp {
+            shim::config::FLAG_LAZY_ACCEPT
+        } else {
+            0
+        },
+        kernel: payload.kernel,
+        initrd: payload.initrd,
+        ram: (0, u64::MAX),
+        max_vcpus: layout::VCPUS_MAX,
+        cmdline: payload.cmdline.as_bytes(),
+    };
+    let mut text = SHIM_V1.to_vec();
+    text.resize(SHIM_V1.len().next_multiple_of(layout::PAGE as usize), 0);
+    let mut pages = vec![
+        page("shim", layout::TEXT, PageKind::Measured, text)?,
+        page(
+            "boot page tables",
+            layout::TABLES,
+            PageKind::Measured,
+            shim::tables::encode(mode == Mode::Snp).to_vec(),
+        )?,
+        page(
+            "CONFIG",
+            layout::CONFIG,
+            PageKind::Measured,
+            config.encode()?.to_vec(),
+        )?,
+    ];
+    if mode == Mode::Snp {
+        pages.push(empty(
+            "SECRETS",
+            layout::SECRETS,
+            layout::PAGE,
+            PageKind::Secrets,
+        )?);
+        pages.push(empty("CPUID", layout::CPUID, layout::PAGE, PageKind::Cpuid)?);
+    }
+    pages.push(empty("stack", layout::STACK, layout::STACK_LEN, PageKind::Zero)?);
+    let vcpus = (0..cpus).map(|index| boot_state(mode, index)).collect();
+    Ok(LaunchPlan { pages, vcpus })
+}
+
+fn page(name: &'static str, at: u64, kind: PageKind, bytes: Vec<u8>) -> Result<LaunchPage, BadRange> {
+    let range = PageRange::new(Gpa(at), bytes.len() as u64)?;
+    Ok(LaunchPage {
+        name,
+        range,
+        kind,
+        bytes,
+    })
+}
+
+fn empty(name: &'static str, at: u64, len: u64, kind: PageKind) -> Result<LaunchPage, BadRange> {
+    Ok(LaunchPage {
+        name,
+        range: PageRange::new(Gpa(at), len)?,
+        kind,
+        bytes: vec![],
+    })
+}
+
+/// Makes `plan`, which nothing measures, work on a KVM without 1 GiB pages.
+pub fn without_gib_pages(plan: &mut LaunchPlan) -> Result<(), BadRange> {
+    const PDPT: usize = 0x1000;
+    const TABLE: u64 = 0b11;
+    const LARGE_PAGE: u64 = 0b1110_0011;
+    let mut tables = Vec::new();
+    let mut boot = plan
+        .pages
+        .iter_mut()
+        .find(|page| page.range.start().0 == layout::TABLES);
+    for (at, gib) in (SMALL_TABLES..).step_by(4096).zip(SMALL_TABLE_GIBS) {
+        let entry = usize::try_from(gib.saturating_mul(8))
+            .unwrap_or(usize::MAX)
+            .saturating_add(PDPT);
+        let slot = boot
+            .as_mut()
+            .and_then(|page| page.bytes.get_mut(entry..)?.first_chunk_mut::<8>());
+        if let Some(slot) = slot {
+            *slot = (at | TABLE).to_le_bytes();
+        }
+        for index in 0..512_u64 {
+            tables.extend((gib << 30 | index << 21 | LARGE_PAGE).to_le_bytes());
+        }
+    }
+    plan.pages.push(page(
+        "2 MiB page tables",
+        SMALL_TABLES,
+        PageKind::Unmeasured,
+        tables,
+    )?);
+    Ok(())
+}
+
+fn boot_state(mode: Mode, index: u32) -> BootState {
+    let (word, c_bit) = match mode {
+        Mode::Soft => (layout::MODE_SOFT, 0),
+        Mode::Snp => (layout::MODE_SNP, layout::C_BIT),
+    };
+    let general = if index == 0 {
+        General {
+            rip: layout::ENTRY_RIP,
+            rsp: layout::ENTRY_RSP,
+            rdi: word,
+            ..Default::default()
+        }
+    } else {
+        General {
+            rip: layout::AP_PARK_RIP,
+            ..Default::default()
+        }
+    };
+    let mut state = BootState::long_mode(general, layout::ENTRY_CR3 | c_bit);
+    state.control.cr0 = layout::ENTRY_CR0;
+    state.control.cr4 = layout::ENTRY_CR4;
+    state.control.efer = layout::ENTRY_EFER;
+    state.segments.cs.selector = layout::ENTRY_CS;
+    let data = Segment {
+        selector: layout::ENTRY_DS,
+        ..state.segments.ds
+    };
+    state.segments.ds = data;
+    state.segments.es = data;
+    state.segments.ss = data;
+    state.segments.fs = Segment { selector: 0, ..data };
+    state.segments.gs = Segment { selector: 0, ..data };
+    state
+}
