@@ -1,10 +1,15 @@
 //! Configuration to machine to threads; the only crate that knows all others.
 #![forbid(unsafe_code)]
+pub mod config;
 pub mod cpuid;
+pub mod ending;
 pub mod event_loop;
+pub mod events;
 pub mod machine;
 pub mod plan;
 pub mod platform;
 pub mod ram;
+pub mod signals;
+pub mod spec;
 pub mod staging;
 pub mod vcpu;

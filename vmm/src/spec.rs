@@ -1,0 +1,272 @@
+//! From what the user asks for to a machine that can be built: every size, file, socket and descriptor is checked
+//! before anything is created, and what was checked stays open, so that nothing can change in between.
+
+pub mod bzimage;
+pub mod console;
+pub mod disk;
+pub mod file;
+pub mod host;
+pub mod inherited;
+pub mod net;
+pub mod payload;
+pub mod size;
+pub mod snp;
+pub mod socket;
+
+use console::{ConsoleError, ConsoleSpec};
+use disk::{DiskError, DiskSpec};
+use host::{HostFacts, HostLack};
+use net::{NetBackend, NetError, NetSpec};
+use payload::{Payload, PayloadError};
+use size::SizeError;
+use snp::{SnpOptionError, SnpSpec};
+use socket::{Listener, SocketError};
+
+use crate::config::{Config, Console, Devices, PlatformName, Size, Vsock};
+use crate::ending::ExitClass;
+
+/// A checked machine. Only [`MachineSpec::resolve`] makes one, so holding it proves that it is valid.
+#[derive(Debug)]
+pub struct MachineSpec(Parts);
+
+/// The contents of a [`MachineSpec`].
+#[derive(Debug)]
+pub struct Parts {
+    /// What protects the guest, once `auto` is decided.
+    pub platform: PlatformSpec,
+    /// Guest memory: a multiple of 2 MiB, 64 MiB to 440 GiB.
+    pub memory_bytes: u64,
+    /// Processors, 1 to 256 and no more than KVM can have.
+    pub cpus: u32,
+    /// Kernel, initrd and command line; they fit the memory.
+    pub payload: Payload,
+    /// Devices, at most 31.
+    pub devices: DeviceSpecs,
+}
+
+/// Platform with what only it needs.
+#[derive(Debug)]
+pub enum PlatformSpec {
+    /// No protection.
+    Soft,
+    /// AMD SEV-SNP.
+    Snp(SnpSpec),
+}
+
+/// The devices of a machine.
+#[derive(Debug)]
+pub struct DeviceSpecs {
+    /// In the order of their PCI slots.
+    pub disks: Vec<DiskSpec>,
+    /// In the order of their PCI slots.
+    pub nets: Vec<NetSpec>,
+    /// Sockets between host and guest.
+    pub vsock: Option<VsockSpec>,
+    /// Random numbers.
+    pub rng: bool,
+    /// The console's host side.
+    pub console: ConsoleSpec,
+}
+
+/// Sockets between host and guest.
+#[derive(Debug)]
+pub struct VsockSpec {
+    /// The guest's context id, 3 to 2^32 - 2.
+    pub cid: u32,
+    /// Where the host says `CONNECT PORT`. A guest's connection to port P goes to its path with `_P` appended.
+    pub listener: Listener,
+}
+
+/// A machine that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Memory or processors.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Options of SNP.
+    #[error(transparent)]
+    Snp(#[from] SnpOptionError),
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostLack),
+    /// The context id is reserved.
+    #[error("vsock cid={cid}: reserved; give one from 3 to 4294967294")]
+    Cid {
+        /// Context id asked for.
+        cid: u32,
+    },
+    /// Vsock and console share a path.
+    #[error("console {path}: also the path of vsock; give another one")]
+    SharedSocket {
+        /// The path.
+        path: String,
+    },
+    /// More devices than the PCI bus has slots.
+    #[error("{devices} devices are more than the {MOST_DEVICES} of machine v1; remove some")]
+    Devices {
+        /// Devices asked for.
+        devices: usize,
+    },
+}
+
+/// Slots of PCI bus 0 beside the host bridge.
+const MOST_DEVICES: usize = 31;
+
+impl SpecError {
+    /// The class that decides cvmm's exit code.
+    pub fn class(&self) -> ExitClass {
+        let busy = matches!(
+            self,
+            Self::Disk(DiskError::Busy { .. })
+                | Self::Socket(SocketError::Busy { .. })
+                | Self::Console(ConsoleError::Socket(SocketError::Busy { .. }))
+        );
+        if busy {
+            ExitClass::Busy
+        } else if matches!(self, Self::Host(_)) {
+            ExitClass::HostLacks
+        } else {
+            ExitClass::Usage
+        }
+    }
+}
+
+impl MachineSpec {
+    /// Checks `config`, absent fields meaning their defaults, against the host.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; nothing has been created then, and every lock is released.
+    pub fn resolve(config: Config, facts: &HostFacts) -> Result<Self, SpecError> {
+        let config = config.with_defaults();
+        let memory = config.memory.unwrap_or(Size(0));
+        let memory_bytes = size::check_memory(memory, facts.memory_bytes)?;
+        // A host without KVM has its own error below, after those that the user can mend in the command line.
+        let most_cpus = facts.kvm.as_ref().map_or(u32::MAX, |kvm| kvm.max_vcpus);
+        let cpus = size::check_cpus(config.cpus.unwrap_or(0), most_cpus)?;
+        let payload = Payload::check(&config.boot, memory)?;
+        let devices = CheckedDevices::check(&config.devices)?;
+        facts.require_kvm()?;
+        let platform = resolve_platform(&config, facts)?;
+        Ok(Self(Parts {
+            platform,
+            memory_bytes,
+            cpus,
+            payload,
+            devices: devices.open(config.devices)?,
+        }))
+    }
+
+    /// What it consists of.
+    pub fn parts(&self) -> &Parts {
+        &self.0
+    }
+
+    /// Takes it apart, to move files and sockets into devices.
+    pub fn into_parts(self) -> Parts {
+        self.0
+    }
+}
+
+fn resolve_platform(config: &Config, facts: &HostFacts) -> Result<PlatformSpec, SpecError> {
+    let lacks = |platform| Err(HostLack::Platform { platform }.into());
+    let (has_snp, has_tdx) = (facts.offers(host::SNP_VM), facts.offers(host::TDX_VM));
+    match config.platform.unwrap_or(PlatformName::Auto) {
+        PlatformName::Soft => {
+            snp::check_absent(&config.snp)?;
+            Ok(PlatformSpec::Soft)
+        }
+        PlatformName::Auto | PlatformName::Snp if has_snp => {
+            Ok(PlatformSpec::Snp(SnpSpec::check(&config.snp)?))
+        }
+        PlatformName::Auto | PlatformName::Tdx if has_tdx => Err(HostLack::TdxUnsupported.into()),
+        PlatformName::Auto => Err(HostLack::NoProtection.into()),
+        PlatformName::Snp => lacks("snp"),
+        PlatformName::Tdx => lacks("tdx"),
+    }
+}
+
+/// Devices of which all is checked; disks are open and locked, but nothing has been created.
+struct CheckedDevices {
+    disks: Vec<DiskSpec>,
+    nets: Vec<net::Checked>,
+}
+
+impl CheckedDevices {
+    fn check(devices: &Devices) -> Result<Self, SpecError> {
+        let console = devices.console.as_ref();
+        let counts = [
+            devices.disks.len(),
+            devices.nets.len(),
+            usize::from(devices.vsock.is_some()),
+            usize::from(devices.rng),
+            usize::from(console != Some(&Console::None)),
+        ];
+        let total = counts.iter().fold(0_usize, |sum, n| sum.saturating_add(*n));
+        if total > MOST_DEVICES {
+            return Err(SpecError::Devices { devices: total });
+        }
+        // Inherited descriptors first: files opened here must not take their numbers.
+        let nets = net::check_all(&devices.nets)?;
+        let disks = disk::check_all(&devices.disks)?;
+        if let Some(Vsock { cid, uds }) = &devices.vsock {
+            if !(3..u32::MAX).contains(cid) {
+                return Err(SpecError::Cid { cid: *cid });
+            }
+            socket::check_free("vsock", uds)?;
+            if let Some(Console::Socket(path) | Console::File(path)) = console
+                && path == uds
+            {
+                let path = path.display().to_string();
+                return Err(SpecError::SharedSocket { path });
+            }
+        }
+        if let Some(console) = console {
+            ConsoleSpec::check(console)?;
+        }
+        Ok(Self { disks, nets })
+    }
+
+    fn open(self, devices: Devices) -> Result<DeviceSpecs, SpecError> {
+        let nets = self.nets.into_iter().map(net::Checked::open);
+        let vsock = devices.vsock.map(|vsock| {
+            let listener = Listener::bind("vsock", &vsock.uds);
+            listener.map(|listener| VsockSpec {
+                cid: vsock.cid,
+                listener,
+            })
+        });
+        Ok(DeviceSpecs {
+            nets: nets.collect::<Result<_, _>>()?,
+            vsock: vsock.transpose()?,
+            console: ConsoleSpec::open(&devices.console.unwrap_or(Console::Stdio))?,
+            disks: self.disks,
+            rng: devices.rng,
+        })
+    }
+}
+
+impl NetSpec {
+    /// The host's side as a person would name it.
+    pub fn name(&self) -> &str {
+        match &self.backend {
+            NetBackend::Tap { name, .. } => name,
+            NetBackend::TapFd(_) => "inherited tap",
+            NetBackend::Passt(_) => "passt",
+        }
+    }
+}
