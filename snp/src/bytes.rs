@@ -17,6 +17,11 @@ pub(crate) fn le32(bytes: &[u8], at: usize) -> Option<u32> {
     array(bytes, at).map(u32::from_le_bytes)
 }
 
+/// The `u64` at `at`.
+pub(crate) fn le64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_le_bytes)
+}
+
 /// Copies `value` to offset `at`.
 pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     for (slot, byte) in bytes.iter_mut().skip(at).zip(value) {

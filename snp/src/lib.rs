@@ -3,6 +3,19 @@
 #![deny(unsafe_code)]
 
 mod bytes;
+pub mod certs;
+pub mod commands;
+pub mod cpuid_page;
+pub mod error;
+pub mod exit;
+pub mod host;
+pub mod id_block;
+pub mod ioctl;
+pub mod launch;
 pub mod measure;
 pub mod ovmf;
+pub mod p384;
+pub mod platform;
+pub mod policy;
+pub mod report;
 pub mod vmsa;

@@ -1,0 +1,195 @@
+//! SNP behind the traits that the machine knows.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arch::exit::PlatformExit;
+use arch::kvm::vcpu::Vcpu;
+use arch::mem::SharedMem;
+use arch::platform::{
+    Foundation, Launch, LaunchPage, PageKind, Platform, PlatformError, PlatformFlow, Sealed,
+};
+use arch::x86::cpuid::CpuidTable;
+use arch::x86::regs::BootState;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::certs::CertFile;
+use crate::cpuid_page;
+use crate::exit::{CertAnswer, CertRequest, OwnReasons, SnpExit};
+use crate::host;
+use crate::ioctl::KvmSev;
+use crate::launch::{LaunchConfig, Launching};
+use crate::measure::Measurement;
+
+/// Name in messages and on the command line.
+const NAME: &str = "snp";
+
+/// The platform; one per VM.
+#[derive(Debug)]
+pub struct Snp {
+    sev: Arc<File>,
+    config: LaunchConfig,
+    certs: Option<CertFile>,
+    reasons: OwnReasons,
+    digest: Arc<Mutex<Option<Measurement>>>,
+}
+
+impl Snp {
+    /// A platform on the open `/dev/sev` (see [`host::open`]); `reasons` knows the codes with which the measured
+    /// firmware terminates. `config.certificates` follows from `certs`.
+    pub fn new(sev: Arc<File>, config: LaunchConfig, certs: Option<CertFile>, reasons: OwnReasons) -> Self {
+        let config = LaunchConfig {
+            certificates: certs.is_some(),
+            ..config
+        };
+        Self {
+            sev,
+            config,
+            certs,
+            reasons,
+            digest: Arc::default(),
+        }
+    }
+
+    /// Where the launch digest appears once the guest is sealed.
+    pub fn digest(&self) -> Arc<Mutex<Option<Measurement>>> {
+        Arc::clone(&self.digest)
+    }
+}
+
+fn error<E: std::error::Error + Send + Sync + 'static>(
+    step: impl Into<String>,
+) -> impl FnOnce(E) -> PlatformError {
+    let step = step.into();
+    move |source| PlatformError {
+        platform: NAME,
+        step,
+        source: Box::new(source),
+    }
+}
+
+impl Platform for Snp {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn vm_type(&self) -> u64 {
+        host::VM_TYPE
+    }
+
+    fn private_memory(&self) -> bool {
+        true
+    }
+
+    fn adapt_cpuid(&self, cpuid: &mut CpuidTable) {
+        cpuid_page::sanitise(cpuid);
+    }
+
+    fn begin(&self, on: Foundation) -> Result<Box<dyn Launch>, PlatformError> {
+        let commands = KvmSev::new(on.vm, Arc::clone(&self.sev));
+        let launching =
+            Launching::begin(commands, self.config.clone()).map_err(error("beginning the launch"))?;
+        let guest = Guest {
+            _sev: Arc::clone(&self.sev),
+            certs: self.certs.clone(),
+            shared: on.shared,
+            reasons: self.reasons,
+        };
+        let digest = Arc::clone(&self.digest);
+        Ok(Box::new(SnpLaunch {
+            launching,
+            guest,
+            cpuid: on.cpuid,
+            digest,
+        }))
+    }
+}
+
+struct SnpLaunch {
+    launching: Launching<KvmSev>,
+    guest: Guest,
+    cpuid: CpuidTable,
+    digest: Arc<Mutex<Option<Measurement>>>,
+}
+
+impl Launch for SnpLaunch {
+    fn add_page(&mut self, page: &mut LaunchPage) -> Result<(), PlatformError> {
+        let step = format!("adding \"{}\" at {:#x}", page.name, page.range.start().0);
+        if page.kind == PageKind::Cpuid && page.bytes.is_empty() {
+            // Not measured, so a plan leaves it to the host that launches.
+            page.bytes = cpuid_page::build(&self.cpuid).map_err(error(step.clone()))?;
+        }
+        self.launching.add(page).map_err(error(step))
+    }
+
+    fn add_vcpu(&mut self, vcpu: &mut Vcpu, state: &BootState) -> Result<(), PlatformError> {
+        let index = vcpu.index();
+        vcpu.set_state(state)
+            .map_err(error(format!("setting the registers of vCPU {index}")))?;
+        if index != 0 {
+            // KVM starts a further vCPU by the guest's AP_CREATE only if it finds it halted.
+            vcpu.set_halted()
+                .map_err(error(format!("parking vCPU {index}")))?;
+        }
+        self.launching.add_vcpu(state);
+        Ok(())
+    }
+
+    fn seal(self: Box<Self>) -> Result<Box<dyn Sealed>, PlatformError> {
+        let (_, digest) = self.launching.finish().map_err(error("sealing the guest"))?;
+        *self.digest.lock().unwrap_or_else(PoisonError::into_inner) = Some(digest);
+        Ok(Box::new(self.guest))
+    }
+}
+
+/// A sealed guest.
+#[derive(Debug)]
+struct Guest {
+    /// KVM issues the guest's report requests through this descriptor's number.
+    _sev: Arc<File>,
+    certs: Option<CertFile>,
+    shared: SharedMem,
+    reasons: OwnReasons,
+}
+
+impl Guest {
+    fn certificates(&self, request: CertRequest<'_>) {
+        let Some(file) = &self.certs else {
+            return request.answer(CertAnswer::Failed);
+        };
+        let at = GuestAddress(request.gpa().0);
+        let served = file.serve(request.pages(), |table| {
+            self.shared.write_slice(table, at).is_ok()
+        });
+        request.answer(served.answer);
+    }
+}
+
+/// An exit that no SNP guest makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "KVM_RUN left with reason {reason}, event {event}, which no SNP guest causes; report this as a bug in cvmm"
+)]
+pub struct UnknownExit {
+    reason: u32,
+    event: u32,
+}
+
+impl Sealed for Guest {
+    fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
+        let unknown = UnknownExit {
+            reason: exit.reason,
+            event: crate::bytes::le32(exit.body, 0).unwrap_or(0),
+        };
+        match SnpExit::decode(exit) {
+            Some(SnpExit::Terminated(termination)) => {
+                Ok(PlatformFlow::Terminated(termination.words(self.reasons)))
+            }
+            Some(SnpExit::Certificates(request)) => {
+                self.certificates(request);
+                Ok(PlatformFlow::Resume)
+            }
+            None => Err(error("handling an exit")(unknown)),
+        }
+    }
+}
