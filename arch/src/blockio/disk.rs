@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Engine;
 use super::flight::{Flight, Work};
@@ -49,7 +49,7 @@ impl Disk {
         Ok(Self {
             in_memory: in_memory(&file)?,
             geometry,
-            notify: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            notify: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             crew: Arc::new(Crew::new(Arc::clone(&file))),
             file,
         })
