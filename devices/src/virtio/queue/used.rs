@@ -39,7 +39,7 @@ impl VirtQueue {
             let at = at(ring, slot.saturating_mul(8).saturating_add(4))?;
             mem.write_obj(element.to_le(), at).map_err(Error::GuestMemory)?;
             next = next.wrapping_add(1);
-            self.in_flight = self.in_flight.saturating_sub(1);
+            self.in_flight.remove(*head);
         }
         self.queue.set_next_used(next);
         mem.store(next.to_le(), at(ring, 2)?, Ordering::Release)

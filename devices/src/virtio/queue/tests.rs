@@ -1,0 +1,616 @@
+//! Hostile chains. Names carry the case numbers of the project's list of attacks.
+#![expect(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "a test may end in a panic"
+)]
+
+use std::io::{Read, Write};
+
+use arch::mem::Visibility;
+
+use super::*;
+use crate::virtio::mock::{HIGH, HIGH_END, INDIRECT, LOW_END, MockRing, NEXT, WRITE, memory, pages};
+
+const RING: u64 = 0x10_0000;
+const SIZE: u16 = 8;
+/// Where the tests put indirect tables, and a good buffer.
+const TABLE: u64 = 0x30_0000;
+const BUFFER: u64 = 0x40_0000;
+const PRIVATE: u64 = 0x50_0000;
+
+/// Name of the variant: what the guest did.
+fn kind(error: &RingError) -> String {
+    let text = format!("{error:?}");
+    text.split([' ', '(']).next().unwrap().to_owned()
+}
+
+/// A chain's segments as (start, bytes, writable).
+fn segments(chain: &Chain) -> Vec<(u64, u32, bool)> {
+    let side =
+        |list: &[Segment], write| -> Vec<_> { list.iter().map(|s| (s.start.0, s.bytes, write)).collect() };
+    [side(chain.readable(), false), side(chain.writable(), true)].concat()
+}
+
+/// Descriptors: address, length, flags, next.
+type Raw = (u64, u32, u16, u16);
+
+/// Pops from a queue whose table starts with `direct` and with `indirect` at [`TABLE`].
+fn pop(features: u64, direct: &[Raw], indirect: &[Raw]) -> Result<Vec<(u64, u32, bool)>, String> {
+    let (mem, visible) = memory();
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    for (table, list) in [(RING, direct), (TABLE, indirect)] {
+        for (index, raw) in (0..).zip(list) {
+            ring.put(table, index, raw.0, raw.1, raw.2, raw.3);
+        }
+    }
+    visible.set(pages(PRIVATE, 0x1000), Visibility::Private);
+    let (mut queue, _) = ring.device_side(3, features);
+    ring.offer(0);
+    match queue.pop(&mem) {
+        Ok(chain) => Ok(segments(&chain.unwrap())),
+        Err(broken) => {
+            assert_eq!(broken.queue, 3);
+            assert!(queue.in_flight() == 0);
+            Err(kind(&broken.source))
+        }
+    }
+}
+
+#[test]
+fn direct_chains() {
+    let good = (BUFFER, 16, NEXT, 1);
+    let ring_of_eight: Vec<Raw> = (0..8).map(|i| (BUFFER, 1, NEXT, (i + 1) % 8)).collect();
+    let mut whole_table = ring_of_eight.clone();
+    whole_table[7].2 = 0;
+    let half_gib = 1_u32 << 29;
+    let last = LOW_END - 16;
+    let cases: &[(&str, &[Raw], Result<usize, &str>)] = &[
+        ("one buffer", &[(BUFFER, 16, 0, 0)], Ok(1)),
+        (
+            "`next` without the flag is not looked at",
+            &[(BUFFER, 16, 0, 0xffff)],
+            Ok(1),
+        ),
+        ("readable then writable", &[good, (BUFFER, 16, WRITE, 0)], Ok(2)),
+        ("all of the table", &whole_table, Ok(8)),
+        ("C01 loop through the table", &ring_of_eight, Err("Endless")),
+        ("C01 loop to itself", &[(BUFFER, 16, NEXT, 0)], Err("Endless")),
+        ("C02 next is the size", &[(BUFFER, 16, NEXT, SIZE)], Err("Next")),
+        (
+            "C02 next is far outside",
+            &[(BUFFER, 16, NEXT, 0xffff)],
+            Err("Next"),
+        ),
+        ("C05 buffer wraps", &[(u64::MAX - 7, 16, 0, 0)], Err("NotShared")),
+        (
+            "C05 buffer ends at 2^64",
+            &[(u64::MAX - 15, 16, 0, 0)],
+            Err("NotShared"),
+        ),
+        ("C06 empty buffer", &[(BUFFER, 0, 0, 0)], Err("Empty")),
+        (
+            "C06 empty second buffer",
+            &[good, (BUFFER, 0, WRITE, 0)],
+            Err("Empty"),
+        ),
+        ("C08 4 GiB - 1", &[(0, u32::MAX, WRITE, 0)], Err("TooLong")),
+        ("C08 half a GiB", &[(0, half_gib, WRITE, 0)], Err("NotShared")),
+        (
+            "C12 writable before readable",
+            &[(BUFFER, 1, NEXT | WRITE, 1), good],
+            Err("Order"),
+        ),
+        ("C12 only writable", &[(BUFFER, 1, WRITE, 0)], Ok(1)),
+        ("C14 in a BAR", &[(0xc000_8000, 4, WRITE, 0)], Err("NotShared")),
+        ("C14 in ECAM", &[(0xe000_0000, 4, WRITE, 0)], Err("NotShared")),
+        ("C14 the table itself", &[(RING, 16, WRITE, 0)], Ok(1)),
+        ("C15 ends at a hole", &[(last, 16, WRITE, 0)], Ok(1)),
+        ("C15 runs into a hole", &[(last, 17, WRITE, 0)], Err("NotShared")),
+        (
+            "C15 spans a hole",
+            &[(last, (HIGH - last) as u32 + 1, WRITE, 0)],
+            Err("NotShared"),
+        ),
+        ("C15 last byte of RAM", &[(HIGH_END - 1, 1, 0, 0)], Ok(1)),
+        (
+            "C15 past the end of RAM",
+            &[(HIGH_END - 1, 2, 0, 0)],
+            Err("NotShared"),
+        ),
+        ("C50 private buffer", &[(PRIVATE, 1, 0, 0)], Err("NotShared")),
+        (
+            "C50 runs into a private page",
+            &[(PRIVATE - 1, 2, WRITE, 0)],
+            Err("NotShared"),
+        ),
+        (
+            "C50 runs out of a private page",
+            &[(PRIVATE + 0xfff, 2, 0, 0)],
+            Err("NotShared"),
+        ),
+    ];
+    for (name, direct, expected) in cases {
+        let result = pop(0, direct, &[]).map(|list| list.len());
+        assert_eq!(result, expected.map_err(str::to_owned), "{name}");
+    }
+}
+
+#[test]
+fn indirect_tables() {
+    let good = (BUFFER, 16, 0, 0);
+    let loops: Vec<Raw> = (0..3).map(|i| (BUFFER, 1, NEXT, (i + 1) % 3)).collect();
+    let all = feature::INDIRECT_DESC;
+    let huge = (MAX_CHAIN as u32 + 1) * 16;
+    type Case<'a> = (&'a str, u64, &'a [Raw], &'a [Raw], Result<usize, &'a str>);
+    let cases: &[Case<'_>] = &[
+        ("one entry", all, &[(TABLE, 16, INDIRECT, 0)], &[good], Ok(1)),
+        (
+            "flag \"writable\" is ignored",
+            all,
+            &[(TABLE, 16, INDIRECT | WRITE, 0)],
+            &[good],
+            Ok(1),
+        ),
+        (
+            "after direct ones",
+            all,
+            &[(BUFFER, 4, NEXT, 1), (TABLE, 16, INDIRECT, 0)],
+            &[good],
+            Ok(2),
+        ),
+        (
+            "unused entries",
+            all,
+            &[(TABLE, 48, INDIRECT, 0)],
+            &[good, (1, 0, 0xffff, 9)],
+            Ok(1),
+        ),
+        (
+            "not negotiated",
+            0,
+            &[(TABLE, 16, INDIRECT, 0)],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 nested",
+            all,
+            &[(TABLE, 16, INDIRECT, 0)],
+            &[(TABLE, 16, INDIRECT, 0)],
+            Err("Indirect"),
+        ),
+        (
+            "C09 with NEXT",
+            all,
+            &[(TABLE, 16, INDIRECT | NEXT, 1), good],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 odd length",
+            all,
+            &[(TABLE, 17, INDIRECT, 0)],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 no length",
+            all,
+            &[(TABLE, 0, INDIRECT, 0)],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 4 GiB - 16",
+            all,
+            &[(TABLE, u32::MAX - 15, INDIRECT, 0)],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 one entry too many",
+            all,
+            &[(TABLE, huge, INDIRECT, 0)],
+            &[good],
+            Err("Indirect"),
+        ),
+        (
+            "C09 loop",
+            all,
+            &[(TABLE, 48, INDIRECT, 0)],
+            &loops,
+            Err("Endless"),
+        ),
+        (
+            "C09 next outside",
+            all,
+            &[(TABLE, 16, INDIRECT, 0)],
+            &[(BUFFER, 1, NEXT, 1)],
+            Err("Next"),
+        ),
+        (
+            "C09 table in a hole",
+            all,
+            &[(LOW_END, 16, INDIRECT, 0)],
+            &[],
+            Err("NotShared"),
+        ),
+        (
+            "C09 table runs into a hole",
+            all,
+            &[(LOW_END - 16, 32, INDIRECT, 0)],
+            &[],
+            Err("NotShared"),
+        ),
+        (
+            "C09 table wraps",
+            all,
+            &[(u64::MAX - 15, 32, INDIRECT, 0)],
+            &[],
+            Err("NotShared"),
+        ),
+        (
+            "C50 private table",
+            all,
+            &[(PRIVATE, 16, INDIRECT, 0)],
+            &[],
+            Err("NotShared"),
+        ),
+        (
+            "empty buffer",
+            all,
+            &[(TABLE, 16, INDIRECT, 0)],
+            &[(BUFFER, 0, 0, 0)],
+            Err("Empty"),
+        ),
+        (
+            "C12 order holds across the table",
+            all,
+            &[(BUFFER, 1, NEXT | WRITE, 1), (TABLE, 16, INDIRECT, 0)],
+            &[good],
+            Err("Order"),
+        ),
+    ];
+    for (name, features, direct, indirect, expected) in cases {
+        let result = pop(*features, direct, indirect).map(|list| list.len());
+        assert_eq!(result, expected.map_err(str::to_owned), "{name}");
+    }
+}
+
+#[test]
+fn sums_of_lengths_are_bounded() {
+    // C07: each buffer is fine, all together are more than a chain may describe.
+    let below = PRIVATE as u32;
+    let entries = (MAX_CHAIN_BYTES / u64::from(below)) as u16 + 1;
+    let table: Vec<Raw> = (0..entries).map(|i| (0, below, NEXT | WRITE, i + 1)).collect();
+    let direct = [(TABLE, u32::from(entries) * 16, INDIRECT, 0)];
+    assert_eq!(
+        pop(feature::INDIRECT_DESC, &direct, &table),
+        Err("TooLong".into())
+    );
+}
+
+#[test]
+fn available_rings() {
+    type Act = fn(&mut MockRing);
+    let cases: &[(&str, Act, Result<bool, &str>)] = &[
+        ("empty", |_| {}, Ok(false)),
+        ("C04 head is the size", |r| r.offer(SIZE), Err("Head")),
+        ("C04 head far outside", |r| r.offer(0xffff), Err("Head")),
+        ("C11 jump by the size", |r| r.set_available(SIZE), Ok(true)),
+        ("C11 jump by more", |r| r.set_available(SIZE + 1), Err("Ring")),
+        ("C11 backwards", |r| r.set_available(0xffff), Err("Ring")),
+    ];
+    for (name, act, expected) in cases {
+        let (mem, _) = memory();
+        let mut ring = MockRing::new(&mem, RING, SIZE);
+        ring.descriptor(0, BUFFER, 16, 0, 0);
+        let (mut queue, _) = ring.device_side(0, 0);
+        act(&mut ring);
+        for _ in 0..2 {
+            // A broken queue stays broken, and is not walked on.
+            let result = queue
+                .pop(&mem)
+                .map(|chain| chain.is_some())
+                .map_err(|e| kind(&e.source));
+            assert_eq!(result, expected.map_err(str::to_owned), "{name}");
+            if result.is_ok() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn c10_a_head_in_flight_twice_is_refused_and_one_returned_is_not() {
+    let (mem, _) = memory();
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    ring.descriptor(5, BUFFER, 16, 0, 0);
+    let (mut queue, _) = ring.device_side(0, 0);
+    for _ in 0..3 {
+        ring.offer(5);
+        assert_eq!(queue.pop(&mem).unwrap().unwrap().head(), 5);
+        queue.push(&mem, 5, 0).unwrap();
+    }
+    ring.offer(5);
+    ring.offer(5);
+    assert!(queue.pop(&mem).unwrap().is_some());
+    assert_eq!(kind(&queue.pop(&mem).unwrap_err().source), "Twice");
+    assert_eq!(queue.in_flight(), 1);
+}
+
+#[test]
+fn an_unpopped_chain_comes_again() {
+    let (mem, _) = memory();
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    let (mut queue, _) = ring.device_side(0, 0);
+    ring.send(&[b"a"], &[]);
+    ring.send(&[b"b"], &[]);
+    let first = queue.pop(&mem).unwrap();
+    queue.unpop();
+    queue.unpop();
+    assert_eq!(queue.in_flight(), 0);
+    assert_eq!(queue.pop(&mem).unwrap(), first);
+    assert_eq!(queue.pop(&mem).unwrap().unwrap().head(), 1);
+    assert_eq!(queue.in_flight(), 2);
+}
+
+#[test]
+fn c30_what_the_guest_writes_after_the_pop_is_never_looked_at() {
+    let (mem, _) = memory();
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    let (mut queue, _) = ring.device_side(0, feature::INDIRECT_DESC);
+    ring.put(TABLE, 0, BUFFER, 4, NEXT, 1);
+    ring.put(TABLE, 1, BUFFER + 0x100, 4, WRITE, 0);
+    ring.descriptor(0, TABLE, 32, INDIRECT, 0);
+    mem.write_slice(b"good", GuestAddress(BUFFER)).unwrap();
+    ring.offer(0);
+    let chain = queue.pop(&mem).unwrap().unwrap();
+    ring.put(TABLE, 0, PRIVATE, u32::MAX, NEXT, 0);
+    ring.put(TABLE, 1, PRIVATE, u32::MAX, WRITE | NEXT, 0);
+    ring.descriptor(0, 0, 0, 0, 0);
+    let mut text = [0; 4];
+    chain.reader(&mem).read_exact(&mut text).unwrap();
+    chain.writer(&mem).write_all(b"fine").unwrap();
+    assert_eq!(&text, b"good");
+    assert_eq!(ring.read(BUFFER + 0x100, 4), b"fine");
+}
+
+#[test]
+fn c50_c51_private_pages_stop_the_queue_at_every_step() {
+    // Which page turns private after the queue was set up, and which call notices.
+    let cases = [
+        ("table", RING, "NotShared"),
+        ("available ring", RING + 0x4000, "Ring"),
+    ];
+    for (name, page, expected) in cases {
+        let (mem, visible) = memory();
+        let mut ring = MockRing::new(&mem, RING, SIZE);
+        let (mut queue, _) = ring.device_side(0, feature::EVENT_IDX);
+        ring.send(&[b"x"], &[4]);
+        visible.set(pages(page, 0x1000), Visibility::Private);
+        let broken = queue.pop(&mem).unwrap_err();
+        assert_eq!(kind(&broken.source), expected, "{name}");
+    }
+    let (mem, visible) = memory();
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    let (mut queue, irq) = ring.device_side(0, feature::EVENT_IDX);
+    let (_, at) = ring.send(&[b"x"], &[4]);
+    let chain = queue.pop(&mem).unwrap().unwrap();
+    visible.set(pages(at[0] & !0xfff, 0x1000), Visibility::Private);
+    assert!(chain.reader(&mem).read(&mut [0]).is_err());
+    assert!(chain.writer(&mem).write(&[0]).is_err());
+    visible.set(pages(RING + 0x6000, 0x1000), Visibility::Private);
+    assert_eq!(
+        kind(&queue.push(&mem, chain.head(), 0).unwrap_err().source),
+        "Ring"
+    );
+    assert_eq!(kind(&queue.enable_kicks(&mem).unwrap_err().source), "Ring");
+    assert_eq!(irq.take(), 0);
+}
+
+#[test]
+fn an_entry_of_the_available_ring_in_a_private_page_is_not_the_end_of_the_ring() {
+    // The ring's index is still shared, the entry is on the next page.
+    let (mem, visible) = memory();
+    let at = RING + 0x5000 - 4;
+    let place = Placement {
+        size: SIZE,
+        table: RING,
+        driver: at,
+        device: RING + 0x8000,
+    };
+    let queue = place.check(SIZE, &mem).unwrap();
+    let mut queue = VirtQueue::new(0, queue, 0, Box::new(crate::virtio::mock::IrqCount::default()));
+    mem.write_obj(1_u16, GuestAddress(at + 2)).unwrap();
+    visible.set(pages(RING + 0x5000, 0x1000), Visibility::Private);
+    assert_eq!(kind(&queue.pop(&mem).unwrap_err().source), "Ring");
+}
+
+#[test]
+fn c13_placements() {
+    let good = Placement {
+        size: 8,
+        table: 0x1000,
+        driver: 0x2000,
+        device: 0x3000,
+    };
+    let end = HIGH_END;
+    let cases = [
+        ("good", good, Ok(())),
+        ("smallest", Placement { size: 1, ..good }, Ok(())),
+        ("at address 0", Placement { table: 0, ..good }, Ok(())),
+        (
+            "table ends with RAM",
+            Placement {
+                table: end - 128,
+                ..good
+            },
+            Ok(()),
+        ),
+        (
+            "available ring ends with RAM",
+            Placement {
+                driver: end - 22,
+                ..good
+            },
+            Ok(()),
+        ),
+        (
+            "used ring ends with RAM",
+            Placement {
+                device: end - 72,
+                ..good
+            },
+            Ok(()),
+        ),
+        ("size 0", Placement { size: 0, ..good }, Err("Ring")),
+        ("size 3", Placement { size: 3, ..good }, Err("Ring")),
+        ("size 65535", Placement { size: 65535, ..good }, Err("Ring")),
+        (
+            "size above the device's",
+            Placement { size: 16, ..good },
+            Err("Ring"),
+        ),
+        (
+            "table misaligned",
+            Placement {
+                table: 0x1008,
+                ..good
+            },
+            Err("Ring"),
+        ),
+        (
+            "available ring misaligned",
+            Placement {
+                driver: 0x2001,
+                ..good
+            },
+            Err("Ring"),
+        ),
+        (
+            "used ring misaligned",
+            Placement {
+                device: 0x3002,
+                ..good
+            },
+            Err("Ring"),
+        ),
+        (
+            "table straddles the end",
+            Placement {
+                table: end - 112,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "available ring straddles it",
+            Placement {
+                driver: end - 20,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "used ring straddles it",
+            Placement {
+                device: end - 68,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "table in a hole",
+            Placement {
+                table: LOW_END,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "used ring in a BAR",
+            Placement {
+                device: 0xc000_8000,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "used ring in ECAM",
+            Placement {
+                device: 0xe000_0000,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "table wraps",
+            Placement {
+                table: u64::MAX - 15,
+                ..good
+            },
+            Err("Outside"),
+        ),
+        (
+            "C50 private",
+            Placement {
+                driver: PRIVATE,
+                ..good
+            },
+            Err("Outside"),
+        ),
+    ];
+    let (mem, visible) = memory();
+    visible.set(pages(PRIVATE, 0x1000), Visibility::Private);
+    for (name, place, expected) in cases {
+        let result = place.check(8, &mem).map(drop).map_err(|e| kind(&e));
+        assert_eq!(result, expected.map_err(str::to_owned), "{name}");
+    }
+}
+
+#[test]
+fn c16_extreme_event_indices_bound_interrupts_by_the_work_done() {
+    for event in [0, 1, 0x7fff, 0x8000, 0xfffe, 0xffff] {
+        let (mem, _) = memory();
+        let mut ring = MockRing::new(&mem, RING, SIZE);
+        let (mut queue, irq) = ring.device_side(0, feature::EVENT_IDX);
+        ring.set_used_event(event);
+        for _ in 0..100 {
+            ring.send(&[b"x"], &[]);
+            let head = queue.pop(&mem).unwrap().unwrap().head();
+            queue.push(&mem, head, 0).unwrap();
+            queue.notify(&mem).unwrap();
+            queue.notify(&mem).unwrap();
+        }
+        assert!(irq.take() <= 1, "event index {event:#x}");
+    }
+}
+
+proptest::proptest! {
+    /// No table, however made, makes the walk panic, run on, or hand out anything but shared memory.
+    #[test]
+    fn any_table_is_walked_safely(
+        raw in proptest::collection::vec((0_u64..0x60, 0_u32..4, 0_u16..8, 0_u16..10), 8),
+        scale in proptest::sample::select(vec![1_u64, 0x1000, 0x10_0000, 1 << 58]),
+        head in 0_u16..9,
+    ) {
+        let (mem, visible) = memory();
+        visible.set(pages(PRIVATE, 0x1000), Visibility::Private);
+        let mut ring = MockRing::new(&mem, RING, SIZE);
+        for (index, (start, bytes, flags, next)) in (0..).zip(raw) {
+            ring.descriptor(index, start.wrapping_mul(scale), bytes * 16, flags, next);
+        }
+        ring.offer(head);
+        let (mut queue, _) = ring.device_side(0, feature::INDIRECT_DESC);
+        if let Ok(Some(chain)) = queue.pop(&mem) {
+            let list = segments(&chain);
+            assert!(!list.is_empty() && list.len() <= MAX_CHAIN + usize::from(SIZE));
+            for (start, bytes, _) in list {
+                assert!(bytes > 0 && mem.all_shared(arch::addr::Gpa(start), u64::from(bytes)));
+            }
+            queue.push(&mem, chain.head(), 0).unwrap();
+        }
+    }
+}
