@@ -20,6 +20,7 @@ use rustix::event::epoll;
 
 use crate::serial::SerialLine;
 use crate::wake::Wake;
+use open::Link;
 use state::State;
 pub use terminal::restore_terminal;
 
@@ -114,7 +115,7 @@ impl Console {
         Self::over(open::open(spec)?).map_err(ConsoleError::Descriptors)
     }
 
-    fn over(link: open::Link) -> io::Result<Self> {
+    fn over(link: Link) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         Ok(Self(Arc::new(Shared {
             input_ready: Wake::new()?,
@@ -123,6 +124,18 @@ impl Console {
             state: Mutex::new(State::new(link, Arc::clone(&epoll))?),
             epoll,
         })))
+    }
+
+    /// A console on two pipes, for tests of the devices.
+    #[cfg(test)]
+    pub(crate) fn on_pipes(input: impl AsFd, output: impl AsFd, size: (u16, u16)) -> Self {
+        let link = Link {
+            reader: Some(stream::Stream::shared(input.as_fd(), rustix::fs::OFlags::RDONLY).unwrap()),
+            writer: Some(stream::Stream::shared(output.as_fd(), rustix::fs::OFlags::WRONLY).unwrap()),
+            size: Some(size),
+            ..Link::default()
+        };
+        Self::over(link).unwrap()
     }
 
     /// Path of the pseudo-terminal, if this is one; the user needs to be told.
@@ -177,6 +190,10 @@ impl Console {
         if attached && state.has_input() {
             self.0.input_ready.signal();
         }
+    }
+
+    pub(crate) fn has_input(&self) -> bool {
+        self.state().has_input()
     }
 
     /// Input for the virtio console; zero bytes if there is none.

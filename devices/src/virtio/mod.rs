@@ -1,8 +1,12 @@
 //! Virtio 1.2 devices, independent of the transport that carries them.
 pub mod block;
+pub mod console;
 pub mod device;
+pub mod input;
 #[cfg(test)]
 pub mod mock;
 pub mod net;
 pub mod queue;
+pub mod rng;
+pub mod serve;
 pub mod transport;
