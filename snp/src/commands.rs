@@ -84,3 +84,31 @@ pub trait SevCommands {
     /// The kernel's or firmware's.
     fn launch_finish(&mut self, identity: &Identity) -> Result<(), Refusal>;
 }
+
+impl<C: SevCommands> SevCommands for &mut C {
+    fn init2(&mut self, vmsa_features: u64) -> Result<(), Refusal> {
+        C::init2(self, vmsa_features)
+    }
+
+    fn enable_req_certs(&mut self) -> Result<(), Refusal> {
+        C::enable_req_certs(self)
+    }
+
+    fn launch_start(&mut self, policy: Policy) -> Result<(), Refusal> {
+        C::launch_start(self, policy)
+    }
+
+    fn launch_update(
+        &mut self,
+        kind: PageType,
+        gfn: u64,
+        pages: u64,
+        source: &mut [u8],
+    ) -> Result<u64, Refusal> {
+        C::launch_update(self, kind, gfn, pages, source)
+    }
+
+    fn launch_finish(&mut self, identity: &Identity) -> Result<(), Refusal> {
+        C::launch_finish(self, identity)
+    }
+}

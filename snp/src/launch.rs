@@ -128,6 +128,11 @@ impl<C: SevCommands> Launching<C> {
         self.chain.vmsa(&Vmsa::new(state, self.config.features));
     }
 
+    /// The commands, e.g. to a model.
+    pub fn commands(&mut self) -> &mut C {
+        &mut self.commands
+    }
+
     /// The digest of what was added so far.
     pub fn digest(&self) -> Measurement {
         self.chain.digest()
@@ -188,3 +193,6 @@ impl Source {
         bytes.and_then(|b| b.get_mut(skip..)).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests;

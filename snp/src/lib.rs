@@ -13,6 +13,7 @@ pub mod id_block;
 pub mod ioctl;
 pub mod launch;
 pub mod measure;
+pub mod model;
 pub mod ovmf;
 pub mod p384;
 pub mod platform;

@@ -230,3 +230,13 @@ impl SigningKey {
 fn sec1_curve() -> pkcs8::ObjectIdentifier {
     pkcs8::ObjectIdentifier::new_unwrap("1.3.132.0.34")
 }
+
+#[cfg(test)]
+impl SigningKey {
+    /// A fresh key.
+    pub(crate) fn generated() -> Self {
+        let algorithm = &ECDSA_P384_SHA384_FIXED_SIGNING;
+        let pkcs8 = EcdsaKeyPair::generate_pkcs8(algorithm, &SystemRandom::new()).unwrap();
+        Self::parse(pkcs8.as_ref()).unwrap()
+    }
+}
