@@ -245,6 +245,10 @@ impl VirtioPci {
     /// races with a reset are the guest's right.
     pub fn on_event(&self, source: u16) {
         let core = &*self.0;
+        let queue = usize::from(source);
+        if source != BACKEND && queue >= core.kicks.len() {
+            return;
+        }
         let mut state = core.lock();
         let Some(running) = state.running.as_mut() else {
             return;
@@ -254,7 +258,7 @@ impl VirtioPci {
             if source == BACKEND {
                 running.on_backend()
             } else {
-                running.on_kick(usize::from(source))
+                running.on_kick(queue)
             }
         };
         if let Err(broken) = done {

@@ -5,12 +5,18 @@
     reason = "a test may end in a panic"
 )]
 
+mod access;
+mod interrupts;
+mod lifecycle;
+
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use arch::kvm::vm::MsiMessage;
+use arch::mem::VisibilityMap;
 
 use super::*;
 use crate::pci::{ECAM_BYTES, ECAM_START};
@@ -66,10 +72,12 @@ struct Toy {
     config: [u8; 8],
     alive: Arc<AtomicUsize>,
     refuse: bool,
+    visible: Arc<VisibilityMap>,
 }
 
 struct RunningToy {
     mem: SharedMem,
+    visible: Arc<VisibilityMap>,
     queues: Vec<Option<VirtQueue>>,
     alive: Arc<AtomicUsize>,
 }
@@ -101,17 +109,25 @@ impl VirtioDevice for Toy {
         if self.refuse {
             return Err(io::Error::other("toy box is closed"));
         }
+        wait_for_batches(&self.visible);
         self.alive.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(RunningToy {
             mem: with.mem,
+            visible: Arc::clone(&self.visible),
             queues: with.queues,
             alive: Arc::clone(&self.alive),
         }))
     }
 }
 
+/// Stands for a device that joins a thread which uses guest memory: hangs if the caller holds a batch.
+fn wait_for_batches(visible: &VisibilityMap) {
+    assert!(visible.drain(mock::pages(0, 0x1000), Duration::from_secs(5)));
+}
+
 impl Drop for RunningToy {
     fn drop(&mut self) {
+        wait_for_batches(&self.visible);
         self.alive.fetch_sub(1, Ordering::SeqCst);
     }
 }
@@ -146,7 +162,7 @@ struct Bench {
     pci: VirtioPci,
     lines: Arc<Lines>,
     mem: SharedMem,
-    visible: Arc<arch::mem::VisibilityMap>,
+    visible: Arc<VisibilityMap>,
     alive: Arc<AtomicUsize>,
     backend: UnixStream,
     rings: Vec<MockRing>,
@@ -173,6 +189,7 @@ impl Bench {
             config: [1, 2, 3, 4, 5, 6, 7, 8],
             alive: alive.clone(),
             refuse: false,
+            visible: visible.clone(),
         };
         change(&mut toy);
         let (mut root, mut mmio) = (PciRoot::default(), Bus::default());
@@ -305,8 +322,8 @@ impl Bench {
         }
         assert_eq!(self.negotiate(GOOD), 11);
         self.set_common(0x10, 2, 0);
-        for queue in 0..2 {
-            self.rings[queue] = MockRing::new(&self.mem, self.rings[queue].base, QUEUES[queue]);
+        for (queue, size) in QUEUES.into_iter().enumerate() {
+            self.rings[queue] = MockRing::new(&self.mem, self.rings[queue].base, size);
             self.place(queue);
         }
         assert_eq!(self.set_status(15), 15);
@@ -331,6 +348,17 @@ impl Bench {
 
     fn kick(&self, queue: u64) {
         self.set(BAR + 0x1000 + queue * 4, 2, queue);
+    }
+
+    fn faults(&self) -> Vec<String> {
+        self.lines.faults.lock().unwrap().clone()
+    }
+
+    /// True if a request on queue 0 is answered.
+    fn answers(&mut self) -> bool {
+        let (head, at) = self.rings[0].send(&[b"A"], &[3]);
+        self.pci.on_event(0);
+        self.rings[0].take_used() == Some((u32::from(head), 3)) && self.rings[0].read(at[1], 3) == b"BBB"
     }
 }
 
