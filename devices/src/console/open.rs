@@ -80,8 +80,8 @@ fn pty() -> io::Result<Link> {
     let path = ptsname(&host, vec![])?;
     rustix::io::ioctl_fionbio(&host, true)?;
     Ok(Link {
-        reader: Some(Stream::new(fcntl_dupfd_cloexec(&host, 3)?)?),
-        writer: Some(Stream::new(host)?),
+        reader: Some(Stream::new(fcntl_dupfd_cloexec(&host, 3)?)),
+        writer: Some(Stream::new(host)),
         terminal: Some(terminal),
         terminal_path: Some(OsStr::from_bytes(path.to_bytes()).into()),
         ..Link::default()
@@ -94,7 +94,7 @@ fn file(path: &Path) -> io::Result<Link> {
     let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?;
     Ok(Link {
-        writer: Some(Stream::new(fd)?),
+        writer: Some(Stream::new(fd)),
         ..Link::default()
     })
 }
@@ -147,7 +147,7 @@ impl Listener {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let client = rustix::net::accept_with(&self.fd, flags)?;
         let twin = fcntl_dupfd_cloexec(client.as_fd(), 3)?;
-        Ok((Stream::new(client)?, Stream::new(twin)?))
+        Ok((Stream::new(client), Stream::new(twin)))
     }
 }
 

@@ -1,11 +1,11 @@
 //! One direction of a link, without waiting.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec, read, writev};
 
 use crate::wake::{Wake, retry};
@@ -21,39 +21,33 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// `fd` is non-blocking, or a file.
-    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
-        Self::with(fd, false)
+    /// `fd` is non-blocking, or a file to write.
+    pub(super) fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            ask: false,
+            always: None,
+        }
     }
 
     /// A descriptor that other processes share, such as standard input. Non-blocking mode belongs to what is
     /// shared, so switching it on would surprise them: a terminal or pipe is opened anew, anything else is
     /// asked before each use.
     pub(super) fn shared(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Self> {
-        use rustix::fs::{FileType, fstat};
-        use std::os::fd::AsRawFd;
         let kind = FileType::from_raw_mode(fstat(fd)?.st_mode);
-        if matches!(kind, FileType::Fifo | FileType::CharacterDevice) {
-            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-            let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-            if let Ok(own) = open(path, flags, Mode::empty()) {
-                return Self::with(own, false);
-            }
-        }
-        Self::with(fcntl_dupfd_cloexec(fd, 3)?, kind != FileType::RegularFile)
-    }
-
-    fn with(fd: OwnedFd, ask: bool) -> io::Result<Self> {
-        let probe = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let data = epoll::EventData::new_u64(0);
-        let always = match epoll::add(&probe, &fd, data, epoll::EventFlags::empty()) {
-            Err(Errno::PERM) => {
-                let wake = Wake::new()?;
-                wake.signal();
-                Some(wake)
-            }
-            _ => None,
+        let reopened = matches!(kind, FileType::Fifo | FileType::CharacterDevice)
+            .then(|| {
+                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+                open(path, flags, Mode::empty()).ok()
+            })
+            .flatten();
+        let ask = reopened.is_none() && kind != FileType::RegularFile;
+        let fd = match reopened {
+            Some(own) => own,
+            None => fcntl_dupfd_cloexec(fd, 3)?,
         };
+        let always = always_ready(&fd)?;
         Ok(Self { fd, ask, always })
     }
 
@@ -99,4 +93,16 @@ impl Stream {
         let mut fds = [PollFd::new(&self.fd, flags)];
         matches!(retry(|| poll(&mut fds, Some(&limit))), Ok(1))
     }
+}
+
+/// A substitute to watch if epoll refuses `fd`.
+fn always_ready(fd: &OwnedFd) -> io::Result<Option<Wake>> {
+    let probe = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let data = epoll::EventData::new_u64(0);
+    if epoll::add(&probe, fd, data, epoll::EventFlags::empty()) != Err(Errno::PERM) {
+        return Ok(None);
+    }
+    let wake = Wake::new()?;
+    wake.signal();
+    Ok(Some(wake))
 }
