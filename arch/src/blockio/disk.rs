@@ -77,19 +77,18 @@ impl Disk {
         let _empty = self.notify.read();
     }
 
-    /// The fastest engine that this host and file allow, for at most `depth` operations in flight. A file in
-    /// memory is copied on the spot; else the kernel's `io_uring` is used if this process may, else threads.
-    pub fn engine(&self, depth: u16) -> Box<dyn Engine> {
+    /// One engine for each of `queues`, the fastest that this host and file allow, for at most `depth`
+    /// operations in flight each. A file in memory is copied on the spot; else the kernel's `io_uring` is used
+    /// if this process may, else threads.
+    pub fn engines(&self, queues: u16, depth: u16) -> Vec<Box<dyn Engine>> {
         if self.in_memory {
-            return self.inline_engine(depth);
+            return (0..queues).map(|_| self.inline_engine(depth)).collect();
         }
-        match self.uring_engine(depth) {
-            Ok(engine) => engine,
-            Err(e) => {
-                log::info!("disk I/O uses threads, because io_uring is not available: {e}");
-                self.thread_engine(depth)
-            }
-        }
+        let rings: io::Result<_> = (0..queues).map(|_| self.uring_engine(depth)).collect();
+        rings.unwrap_or_else(|e| {
+            log::info!("disk I/O uses threads, because io_uring is not available: {e}");
+            (0..queues).map(|_| self.thread_engine(depth)).collect()
+        })
     }
 
     /// An engine on `io_uring` (Linux 5.18 or later), confined to this file and to what disks need.

@@ -47,6 +47,8 @@ pub(super) enum Work {
         bytes: u64,
         mode: i32,
         instead: Option<i32>,
+        /// `Flush` follows.
+        durable: bool,
     },
 }
 
@@ -144,6 +146,10 @@ impl Flight {
 
     fn progress(&mut self, moved: u64) -> Step {
         let (offset, at_end) = match &mut self.work {
+            Work::Allocate { durable: true, .. } => {
+                self.work = Work::Flush;
+                return Step::Again;
+            }
             Work::Flush | Work::Allocate { .. } => return Step::Over(Ok(())),
             Work::Read { offset } => (offset, io::ErrorKind::UnexpectedEof),
             Work::Write { offset, .. } => (offset, io::ErrorKind::WriteZero),
@@ -198,28 +204,29 @@ impl From<Action<'_>> for Work {
                 flags: if durable { DURABLE } else { 0 },
             },
             Action::Flush => Self::Flush,
-            Action::Discard { offset, bytes }
-            | Action::Zero {
-                offset,
-                bytes,
-                unmap: true,
-            } => Self::Allocate {
+            Action::Discard { offset, bytes } => Self::Allocate {
                 offset,
                 bytes,
                 mode: PUNCH,
-                instead: Some(ZERO),
+                instead: None,
+                durable: false,
             },
-            // A file system that cannot keep the space may free it: the guest asked for zeros first of all.
             Action::Zero {
                 offset,
                 bytes,
-                unmap: false,
-            } => Self::Allocate {
-                offset,
-                bytes,
-                mode: ZERO,
-                instead: Some(PUNCH),
-            },
+                unmap,
+                durable,
+            } => {
+                // A file system that cannot keep the space may free it: the guest wants zeros first of all.
+                let (mode, instead) = if unmap { (PUNCH, ZERO) } else { (ZERO, PUNCH) };
+                Self::Allocate {
+                    offset,
+                    bytes,
+                    mode,
+                    instead: Some(instead),
+                    durable,
+                }
+            }
         }
     }
 }
@@ -289,17 +296,22 @@ mod tests {
 
     #[test]
     fn a_missing_way_to_zero_is_replaced_once() {
-        let action = Action::Zero {
+        let action = |durable| Action::Zero {
             offset: 0,
             bytes: 512,
             unmap: false,
+            durable,
         };
-        let mut zero = flight(Work::from(action));
+        let mut zero = flight(Work::from(action(false)));
         assert!(matches!(zero.settle(-libc::EOPNOTSUPP), Step::Again));
         let Work::Allocate { mode, .. } = zero.work() else {
             panic!("not an allocation any more");
         };
         assert_eq!(mode, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE);
         assert!(matches!(zero.settle(-libc::EOPNOTSUPP), Step::Over(Err(_))));
+        let mut durable = flight(Work::from(action(true)));
+        assert!(matches!(durable.settle(0), Step::Again));
+        assert_eq!(durable.work(), Work::Flush);
+        assert!(matches!(durable.settle(0), Step::Over(Ok(()))));
     }
 }

@@ -53,6 +53,8 @@ pub enum Action<'a> {
         bytes: u64,
         /// The host may free the space.
         unmap: bool,
+        /// Complete only once the zeros are on stable storage.
+        durable: bool,
     },
 }
 

@@ -188,11 +188,13 @@ fn freed_and_zeroed_ranges_read_as_zeros() {
                 offset: 0x30000,
                 bytes: 0x10000,
                 unmap: false,
+                durable: true,
             },
             Action::Zero {
                 offset: 0x50000,
                 bytes: 0x10200,
                 unmap: true,
+                durable: false,
             },
         ];
         for action in actions {
@@ -341,6 +343,7 @@ fn what_the_host_refuses_is_an_error_of_that_operation_only() {
             offset: 0,
             bytes: 512,
             unmap: false,
+            durable: true,
         };
         for action in [write, zero] {
             rig.engine.submit(&rig.mem, 1, action).unwrap();

@@ -46,7 +46,7 @@ impl Block {
     /// `file` is not a regular file or block device, or there are no queues.
     pub fn open(file: File, read_only: bool, queues: u16, id: [u8; 20]) -> io::Result<Self> {
         let disk = Disk::open(file)?;
-        let engines = (0..queues).map(|_| disk.engine(QUEUE_SIZE)).collect();
+        let engines = disk.engines(queues, QUEUE_SIZE);
         Self::new(disk, engines, read_only, id)
     }
 

@@ -192,7 +192,12 @@ impl Lane {
             }
             Request::Zero => {
                 let Range { offset, bytes, unmap } = Range::zero(read_array(&mut reader)?, limits)?;
-                Action::Zero { offset, bytes, unmap }
+                Action::Zero {
+                    offset,
+                    bytes,
+                    unmap,
+                    durable: shared.durable,
+                }
             }
         };
         self.engine
