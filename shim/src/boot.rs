@@ -9,7 +9,7 @@ use crate::descriptor::{DESCRIPTOR_LEN, Descriptor, Staged};
 use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, STAGING, UNIT};
 use crate::plan::Plan;
 use crate::reason::Reason;
-use crate::sha256::Sha256;
+use crate::sha256::{Compress, Sha256};
 use crate::zero_page::Links;
 use crate::{acpi, efi, snp, unaccepted, zero_page};
 use core::ops::Range;
@@ -53,6 +53,9 @@ pub trait Machine {
     /// # Errors
     /// [`Reason::Bug`] when a range is not what it should be.
     fn fetch(&mut self, staged: u64, to: u64, len: u64) -> Result<(), Reason>;
+
+    /// How to hash on this processor.
+    fn compress(&self) -> impl Compress + use<Self>;
 
     /// Tells the host that the staging area is no longer needed; nothing may touch it afterwards.
     ///
@@ -149,7 +152,7 @@ fn accept_rest<M: Machine>(machine: &mut M) -> Result<(), Reason> {
 
 /// Copies a staged file to `to` and gives the digest of the private copy.
 fn copy_and_hash<M: Machine>(machine: &mut M, file: Staged, to: u64) -> Result<[u8; 32], Reason> {
-    let mut hash = Sha256::default();
+    let mut hash = Sha256::new(machine.compress());
     let mut done = 0u64;
     loop {
         let len = file.len.saturating_sub(done).min(BLOCK);

@@ -6,6 +6,7 @@ use crate::bytes::{get_u32, get_u64};
 use crate::bzimage::tests::file;
 use crate::config::Blob;
 use crate::layout::STAGING_KERNEL;
+use crate::sha256::{Plain, digest};
 use std::vec::Vec;
 
 const RAM: u64 = 64 << 20;
@@ -89,6 +90,10 @@ impl Machine for Fake {
         Ok(())
     }
 
+    fn compress(&self) -> impl Compress + use<> {
+        Plain
+    }
+
     fn release_staging(&mut self) -> Result<(), Reason> {
         assert!(!core::mem::replace(&mut self.released, true));
         Ok(())
@@ -131,7 +136,7 @@ impl Case {
     fn config(&self) -> [u8; CONFIG_LEN] {
         let blob = |bytes: &[u8]| Blob {
             len: u64::try_from(bytes.len()).unwrap(),
-            sha256: Sha256::default().finish(bytes),
+            sha256: digest(bytes),
         };
         let config = Config {
             flags: self.flags,

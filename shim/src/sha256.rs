@@ -1,5 +1,10 @@
 //! SHA-256 (FIPS 180-4), compact and without tables of its own beyond the standard's constants.
 
+use core::arch::x86_64::{
+    __m128i, _mm_add_epi32, _mm_alignr_epi8, _mm_extract_epi32, _mm_set_epi32, _mm_sha256msg1_epu32,
+    _mm_sha256msg2_epu32, _mm_sha256rnds2_epu32, _mm_shuffle_epi32,
+};
+
 /// Initial hash value (FIPS 180-4, "SHA-256" under "Setting the Initial Hash Value").
 const INITIAL: [u32; 8] = [
     0x6a09_e667,
@@ -30,30 +35,53 @@ const BLOCK: usize = 64;
 /// Bytes of the last block that the length leaves for data and the end mark.
 const LAST_DATA: usize = 56;
 
-/// A hash over input that comes in whole blocks, closed by a last part of any length.
-#[derive(Clone, Debug)]
-pub struct Sha256 {
-    state: [u32; 8],
-    blocks: u64,
+/// A way to compute SHA-256's compression function.
+pub trait Compress {
+    /// Folds `blocks` into `state`.
+    fn compress(&self, state: &mut [u32; 8], blocks: &[[u8; BLOCK]]);
 }
 
-impl Default for Sha256 {
-    fn default() -> Self {
-        Sha256 {
-            state: INITIAL,
-            blocks: 0,
+/// Compression in plain Rust, for any processor.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+impl Compress for Plain {
+    fn compress(&self, state: &mut [u32; 8], blocks: &[[u8; BLOCK]]) {
+        for block in blocks {
+            fold(state, block);
         }
     }
 }
 
-impl Sha256 {
+/// A hash over input that comes in whole blocks, closed by a last part of any length.
+#[derive(Clone, Debug)]
+pub struct Sha256<C> {
+    state: [u32; 8],
+    blocks: u64,
+    compress: C,
+}
+
+/// The SHA-256 digest of `input`.
+#[must_use]
+pub fn digest(input: &[u8]) -> [u8; 32] {
+    Sha256::new(Plain).finish(input)
+}
+
+impl<C: Compress> Sha256<C> {
+    /// A hash of nothing yet.
+    pub fn new(compress: C) -> Self {
+        Sha256 {
+            state: INITIAL,
+            blocks: 0,
+            compress,
+        }
+    }
+
     /// Takes the whole 64-byte blocks of `input` and gives back the rest, for [`Sha256::finish`].
     #[must_use]
     pub fn update<'a>(&mut self, input: &'a [u8]) -> &'a [u8] {
         let (blocks, rest) = input.as_chunks::<BLOCK>();
-        for block in blocks {
-            compress(&mut self.state, block);
-        }
+        self.compress.compress(&mut self.state, blocks);
         self.blocks = self.blocks.wrapping_add(blocks.len() as u64);
         rest
     }
@@ -66,18 +94,16 @@ impl Sha256 {
             .blocks
             .wrapping_mul(512)
             .wrapping_add((rest.len() as u64).wrapping_mul(8));
-        let mut block = [0; BLOCK];
-        for (to, from) in block.iter_mut().zip(rest.iter().chain(&[0x80])) {
+        let mut tail = [[0; BLOCK]; 2];
+        for (to, from) in tail.as_flattened_mut().iter_mut().zip(rest.iter().chain(&[0x80])) {
             *to = *from;
         }
-        if rest.len() >= LAST_DATA {
-            compress(&mut self.state, &block);
-            block = [0; BLOCK];
+        let blocks = if rest.len() < LAST_DATA { 1 } else { 2 };
+        let tail = tail.get_mut(..blocks).unwrap_or_default();
+        if let Some(len) = tail.as_flattened_mut().last_chunk_mut::<8>() {
+            *len = bits.to_be_bytes();
         }
-        for (to, from) in block.iter_mut().skip(LAST_DATA).zip(bits.to_be_bytes()) {
-            *to = from;
-        }
-        compress(&mut self.state, &block);
+        self.compress.compress(&mut self.state, tail);
         let mut digest = [0; 32];
         for (to, word) in digest.as_chunks_mut::<4>().0.iter_mut().zip(self.state) {
             *to = word.to_be_bytes();
@@ -88,7 +114,7 @@ impl Sha256 {
 
 /// FIPS 180-4, "SHA-256 Hash Computation", with the message schedule kept in sixteen words.
 #[expect(clippy::indexing_slicing, reason = "indices are masked to the array length")]
-fn compress(state: &mut [u32; 8], block: &[u8; BLOCK]) {
+fn fold(state: &mut [u32; 8], block: &[u8; BLOCK]) {
     let mut schedule = [0u32; 16];
     for (word, bytes) in schedule.iter_mut().zip(block.as_chunks::<4>().0) {
         *word = u32::from_be_bytes(*bytes);
@@ -125,6 +151,62 @@ fn compress(state: &mut [u32; 8], block: &[u8; BLOCK]) {
     }
 }
 
+/// Folds `blocks` into `state` by the processor's SHA instructions (Intel SDM volume 2, "SHA256RNDS2").
+///
+/// # Safety
+/// None but that the processor has the instructions: SHA, SSSE3 and SSE4.1.
+#[target_feature(enable = "sha,sse2,ssse3,sse4.1")]
+pub fn compress_by_instructions(state: &mut [u32; 8], blocks: &[[u8; BLOCK]]) {
+    let [a, b, c, d, e, f, g, h] = *state;
+    let mut abef = quad([f, e, b, a]);
+    let mut cdgh = quad([h, g, d, c]);
+    for block in blocks {
+        let (abef_before, cdgh_before) = (abef, cdgh);
+        let mut words = [quad([0; 4]); 4];
+        for (to, bytes) in words.iter_mut().zip(block.as_chunks::<16>().0) {
+            let [w0, w1, w2, w3] = [0, 4, 8, 12].map(|at| word_of(bytes, at));
+            *to = quad([w0, w1, w2, w3]);
+        }
+        for constants in ROUND.as_chunks::<4>().0 {
+            let [w0, w1, w2, w3] = words;
+            let sum = _mm_add_epi32(w0, quad(*constants));
+            cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
+            abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32::<0b1110>(sum));
+            let next = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8::<4>(w3, w2));
+            words = [w1, w2, w3, _mm_sha256msg2_epu32(next, w3)];
+        }
+        abef = _mm_add_epi32(abef, abef_before);
+        cdgh = _mm_add_epi32(cdgh, cdgh_before);
+    }
+    let ([f, e, b, a], [h, g, d, c]) = (words_of(abef), words_of(cdgh));
+    *state = [a, b, c, d, e, f, g, h];
+}
+
+fn word_of(bytes: &[u8; 16], at: usize) -> u32 {
+    bytes
+        .get(at..)
+        .and_then(|bytes| bytes.first_chunk())
+        .map_or(0, |word| u32::from_be_bytes(*word))
+}
+
+/// A vector of four words, the first one lowest.
+#[target_feature(enable = "sse2")]
+fn quad([w0, w1, w2, w3]: [u32; 4]) -> __m128i {
+    let [w0, w1, w2, w3] = [w0, w1, w2, w3].map(u32::cast_signed);
+    _mm_set_epi32(w3, w2, w1, w0)
+}
+
+#[target_feature(enable = "sse2,sse4.1")]
+fn words_of(quad: __m128i) -> [u32; 4] {
+    let words = [
+        _mm_extract_epi32::<0>(quad),
+        _mm_extract_epi32::<1>(quad),
+        _mm_extract_epi32::<2>(quad),
+        _mm_extract_epi32::<3>(quad),
+    ];
+    words.map(i32::cast_unsigned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,12 +234,12 @@ mod tests {
                 "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1",
             ),
         ];
-        for (input, digest) in cases {
-            assert_eq!(hex(Sha256::default().finish(input)), digest);
+        for (input, expected) in cases {
+            assert_eq!(hex(digest(input)), expected);
         }
         let million = std::vec![b'a'; 1_000_000];
         assert_eq!(
-            hex(Sha256::default().finish(&million)),
+            hex(digest(&million)),
             "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
         );
     }
@@ -166,14 +248,10 @@ mod tests {
     fn input_in_pieces_of_whole_blocks_gives_the_same_digest() {
         for len in [0usize, 1, 55, 56, 63, 64, 65, 119, 120, 127, 128, 1000] {
             let input: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
-            let mut hash = Sha256::default();
+            let mut hash = Sha256::new(Plain);
             let split = len / 2 / 64 * 64;
             assert_eq!(hash.update(&input[..split]), b"");
-            assert_eq!(
-                hash.finish(&input[split..]),
-                Sha256::default().finish(&input),
-                "length {len}"
-            );
+            assert_eq!(hash.finish(&input[split..]), digest(&input), "length {len}");
         }
     }
 }

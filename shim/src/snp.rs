@@ -77,33 +77,56 @@ const LEAF_ENCRYPTION: u32 = 0x8000_001f;
 const CPUID_ENTRIES_MAX: u32 = 64;
 const CPUID_FIRST: usize = 16;
 const CPUID_ENTRY_LEN: usize = 48;
+const AT_EBX: usize = 28;
+const AT_ECX: usize = 32;
 /// EBX: SNP page validation is coherent without help (CVE-2025-38560).
 const COHERENT: u32 = 1 << 31;
 
-/// Checks the CPUID page, which firmware has vetted but the host has composed, and tells whether validated
-/// pages must be touched to evict stale cache lines.
+/// What the shim needs to know of the processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Processor {
+    /// Whether validated pages must be touched to evict stale cache lines (CVE-2025-38560).
+    pub touch: bool,
+    /// Whether SHA instructions exist.
+    pub sha: bool,
+}
+
+/// Checks the CPUID page, which firmware has vetted but the host has composed.
 ///
 /// # Errors
 /// [`Reason::CpuidPage`] when it names another C-bit or does not describe memory encryption.
-pub fn check_cpuid(page: &[u8]) -> Result<bool, Reason> {
-    let ebx = encryption_ebx(page).ok_or(Reason::CpuidPage)?;
-    let position = ebx & 0x3f;
-    if 1u64 << position != C_BIT {
+pub fn check_cpuid(page: &[u8]) -> Result<Processor, Reason> {
+    let encryption = register(page, LEAF_ENCRYPTION, AT_EBX).ok_or(Reason::CpuidPage)?;
+    if 1u64 << (encryption & 0x3f) != C_BIT {
         return Err(Reason::CpuidPage);
     }
-    Ok(ebx & COHERENT == 0)
+    let features = register(page, 1, AT_ECX).unwrap_or(0);
+    let more = register(page, 7, AT_EBX).unwrap_or(0);
+    Ok(Processor {
+        touch: encryption & COHERENT == 0,
+        sha: has_sha(features, more),
+    })
 }
 
-fn encryption_ebx(page: &[u8]) -> Option<u32> {
+/// Whether SHA and the vector instructions around it exist: `features` is ECX of leaf 1 (SSSE3, SSE4.1),
+/// `more` EBX of leaf 7.
+#[must_use]
+pub fn has_sha(features: u32, more: u32) -> bool {
+    const VECTORS: u32 = (1 << 9) | (1 << 19);
+    features & VECTORS == VECTORS && more & (1 << 29) != 0
+}
+
+/// A register of the first entry for `leaf`, by its offset in the entry.
+fn register(page: &[u8], leaf: u32, offset: usize) -> Option<u32> {
     let count = get_u32(page, 0)?;
     if count > CPUID_ENTRIES_MAX {
         return None;
     }
-    let mut offsets = (CPUID_FIRST..)
+    let mut entries = (CPUID_FIRST..)
         .step_by(CPUID_ENTRY_LEN)
         .take(usize::try_from(count).ok()?);
-    let at = offsets.find(|&at| get_u32(page, at) == Some(LEAF_ENCRYPTION))?;
-    get_u32(page, at.checked_add(28)?)
+    let at = entries.find(|&at| get_u32(page, at) == Some(leaf))?;
+    get_u32(page, at.checked_add(offset)?)
 }
 
 /// PVALIDATE's return code when the page is backed by pages of another size (APM volume 3).
@@ -199,11 +222,17 @@ mod tests {
     fn the_cpuid_page_must_name_the_c_bit_of_the_tables() {
         assert_eq!(
             check_cpuid(&cpuid_page(&[(0, 0), (0x8000_001f, 51 | 1 << 6)])),
-            Ok(true)
+            Ok(Processor {
+                touch: true,
+                sha: false
+            })
         );
         assert_eq!(
             check_cpuid(&cpuid_page(&[(0x8000_001f, 51 | 1 << 31)])),
-            Ok(false)
+            Ok(Processor {
+                touch: false,
+                sha: false
+            })
         );
         let bad: [&[(u32, u32)]; 3] = [&[], &[(0x8000_001e, 51)], &[(0x8000_001f, 47)]];
         for entries in bad {
@@ -216,6 +245,18 @@ mod tests {
         let mut page = cpuid_page(&[(0x8000_001f, 51)]);
         page[0] = 65;
         assert_eq!(check_cpuid(&page), Err(Reason::CpuidPage));
+    }
+
+    #[test]
+    fn sha_needs_its_own_bit_and_those_of_the_vectors() {
+        for (features, more, sha) in [
+            (0x8_0200, 0x2000_0000, true),
+            (0x8_0000, 0x2000_0000, false),
+            (0x200, 0x2000_0000, false),
+            (!0, 0, false),
+        ] {
+            assert_eq!(has_sha(features, more), sha, "{features:#x} {more:#x}");
+        }
     }
 
     #[test]

@@ -228,23 +228,23 @@ class Refuses(unittest.TestCase):
 
     def test_a_processor_that_is_not_what_the_mode_says(self):
         for status in (0, 3, 0xF):
-            self.refused(0x10, sev_status=status)
-        self.refused(0x11, c_bit=47)
-        self.refused(0x11, cpuid_count=65)
-        self.refused(0x11, cpuid_count=2)
+            self.refused(0x0d, sev_status=status)
+        self.refused(0x0e, c_bit=47)
+        self.refused(0x0e, cpuid_count=65)
+        self.refused(0x0e, cpuid_count=2)
 
     def test_a_hypervisor_that_misanswers(self):
-        self.refused(0x12, sev_info=0x0001_0001_3300_0001)
-        self.refused(0x12, sev_info=0)
-        self.refused(0x13, features=0x2081)
-        self.refused(0x14, register_answer=0xFFFF_FFFF_FFFF_F013)
+        self.refused(0x0f, sev_info=0x0001_0001_3300_0001)
+        self.refused(0x0f, sev_info=0)
+        self.refused(0x10, features=0x2081)
+        self.refused(0x11, register_answer=0xFFFF_FFFF_FFFF_F013)
 
     def test_memory_that_the_host_replays_or_withholds(self):
         for page in (0, 0x114000, 0x1000000, 0x3E00000):
-            self.refused(0x16, replayed_page=page)
-            self.refused(0x15, refuse_page=page)
-        self.refused(0x16, replayed_page=0x1001000, large_pages=False)
-        self.refused(0x15, refuse_page=0x1001000, large_pages=False)
+            self.refused(0x13, replayed_page=page)
+            self.refused(0x12, refuse_page=page)
+        self.refused(0x13, replayed_page=0x1001000, large_pages=False)
+        self.refused(0x12, refuse_page=0x1001000, large_pages=False)
 
     def test_the_emulated_machine_notices_memory_that_is_used_unvalidated(self):
         machine = Machine()

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "raw memory and privileged instructions")]
 
 use core::arch::asm;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 use core::ops::Range;
 use core::ptr::with_exposed_provenance_mut;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,8 @@ use shim::layout::{
     SHIM_RELEASE_STAGING, SHIM_TERMINATE, STAGING, STAGING_END, STAGING_GHCB, UNIT,
 };
 use shim::reason::Reason;
-use shim::snp;
+use shim::sha256::{Compress, Plain, compress_by_instructions};
+use shim::snp::{self, Processor};
 
 const MSR_GHCB: u32 = 0xc001_0130;
 const MSR_SEV_STATUS: u32 = 0xc001_0131;
@@ -21,16 +23,16 @@ const MSR_SEV_STATUS: u32 = 0xc001_0131;
 /// The machine under the shim; there is one, so what it lends out is lent once.
 pub(crate) struct Platform {
     mode: Mode,
-    /// Whether validated pages must be touched (CVE-2025-38560).
-    touch: bool,
+    processor: Processor,
 }
 
 impl Platform {
     /// A machine without protection: all memory is usable.
     pub(crate) fn soft() -> Self {
+        let sha = snp::has_sha(__cpuid(1).ecx, __cpuid_count(7, 0).ebx);
         Platform {
             mode: Mode::Soft,
-            touch: false,
+            processor: Processor { touch: false, sha },
         }
     }
 
@@ -38,13 +40,13 @@ impl Platform {
     pub(crate) fn snp() -> Result<Self, Reason> {
         snp::check_sev_status(rdmsr(MSR_SEV_STATUS))?;
         // SAFETY: the launch placed the page, nobody writes it while the shim runs.
-        let touch = snp::check_cpuid(unsafe { page(CPUID) })?;
+        let processor = snp::check_cpuid(unsafe { page(CPUID) })?;
         snp::check_sev_info(call_by_msr(snp::MSR_SEV_INFO))?;
         snp::check_features(call_by_msr(snp::MSR_FEATURES))?;
         snp::check_register(STAGING_GHCB, call_by_msr(snp::msr_register(STAGING_GHCB)))?;
         Ok(Platform {
             mode: Mode::Snp,
-            touch,
+            processor,
         })
     }
 
@@ -54,7 +56,7 @@ impl Platform {
             (0, false) => Err(Reason::DoubleValidation),
             _ => Err(Reason::Pvalidate),
         }?;
-        if self.touch {
+        if self.processor.touch {
             for at in [gpa, gpa.wrapping_add(PAGE - 1)] {
                 // SAFETY: the page was validated above and is identity-mapped; the value is not used.
                 unsafe { pointer(at).read_volatile() };
@@ -116,6 +118,12 @@ impl Machine for Platform {
         }
     }
 
+    fn compress(&self) -> impl Compress + use<> {
+        Hash {
+            sha: self.processor.sha,
+        }
+    }
+
     fn release_staging(&mut self) -> Result<(), Reason> {
         if self.mode == Mode::Soft {
             out(PORT_SHIM, SHIM_RELEASE_STAGING);
@@ -136,6 +144,22 @@ impl Machine for Platform {
     }
 }
 
+/// SHA-256 by instructions where the processor has them.
+struct Hash {
+    sha: bool,
+}
+
+impl Compress for Hash {
+    fn compress(&self, state: &mut [u32; 8], blocks: &[[u8; 64]]) {
+        if self.sha {
+            // SAFETY: the processor has every instruction set that the function is compiled for.
+            unsafe { compress_by_instructions(state, blocks) }
+        } else {
+            Plain.compress(state, blocks);
+        }
+    }
+}
+
 /// The CONFIG page.
 pub(crate) fn config() -> &'static [u8; CONFIG_LEN] {
     // SAFETY: the launch placed the page, nobody writes it while the shim runs.
@@ -153,8 +177,7 @@ unsafe fn page(gpa: u64) -> &'static [u8; CONFIG_LEN] {
 
 /// Identity-mapped address.
 fn pointer(gpa: u64) -> *mut u8 {
-    // The target's addresses have 64 bits.
-    with_exposed_provenance_mut(gpa as usize)
+    with_exposed_provenance_mut(usize::from_ne_bytes(gpa.to_ne_bytes()))
 }
 
 /// Start and length of RAM that the library may use: above the shim's own pages, below the staging area.
@@ -163,7 +186,7 @@ fn private(gpa: u64, len: u64) -> Result<(*mut u8, usize), Reason> {
     let low = gpa >= FREE && end <= LOW_RAM_MAX;
     let high = gpa >= HIGH_RAM && end <= HIGH_RAM_MAX;
     if low || high {
-        Ok((pointer(gpa), len as usize))
+        Ok((pointer(gpa), usize::from_ne_bytes(len.to_ne_bytes())))
     } else {
         Err(Reason::Bug)
     }
@@ -204,9 +227,10 @@ pub(crate) fn catch_exceptions(mode: Mode) {
         static exception_stubs: [[u8; 8]; 32];
     }
     ON_SNP.store(mode == Mode::Snp, Ordering::Relaxed);
-    let mut stub = (&raw const exception_stubs).addr() as u32;
+    let mut stub = low((&raw const exception_stubs).addr() as u64);
+    let table = &raw mut IDT;
     // SAFETY: one processor runs the shim, once, and exceptions only read the table.
-    let table = unsafe { &mut *(&raw mut IDT) };
+    let table = unsafe { &mut *table };
     for gate in table.iter_mut() {
         *gate = [
             (u32::from(ENTRY_CS) << 16) | (stub & 0xffff),
@@ -273,7 +297,13 @@ fn pvalidate(gpa: u64, large: bool) -> (u32, bool) {
             unchanged = out(reg_byte) unchanged, inout("rax") gpa => code,
             in("ecx") u32::from(large), in("edx") 1, options(nostack));
     }
-    (code as u32, unchanged == 0)
+    (low(code), unchanged == 0)
+}
+
+/// The lower half of a register.
+fn low(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 fn rdmsr(msr: u32) -> u64 {
@@ -284,7 +314,7 @@ fn rdmsr(msr: u32) -> u64 {
 }
 
 fn wrmsr(msr: u32, value: u64) {
-    let (low, high) = (value as u32, (value >> 32) as u32);
+    let (low, high) = (low(value), low(value >> 32));
     // SAFETY: writes the GHCB MSR, which has no effect before VMGEXIT.
     unsafe { asm!("wrmsr", in("ecx") msr, in("eax") low, in("edx") high, options(nostack)) };
 }
