@@ -136,7 +136,7 @@ impl Lane {
         let head = chain.head();
         let slot = self.begun.get(usize::from(head));
         let (Some(None), Some(mut reply)) = (slot, Reply::of(chain)) else {
-            // The same head twice, or nowhere to put an answer.
+            // Nowhere to put an answer.
             return Err(chain.bad_shape(queue));
         };
         let status = match self.submit(shared, chain, &mut reply) {

@@ -301,3 +301,27 @@ fn scattered_guest_memory_is_one_request() {
         assert!(got == pattern(65 * 512)[5 * 512..], "{name}");
     });
 }
+
+#[test]
+#[ignore = "overwrites the block device that BLOCK_DEVICE names, 64 KiB or longer; run by hand"]
+fn a_block_device_is_a_disk() {
+    let path = std::env::var("BLOCK_DEVICE").expect("BLOCK_DEVICE is not set");
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    for (name, make) in ENGINES {
+        let mut rig = Rig::open(&file, false, ALL, make).unwrap();
+        assert!(rig.block.capacity_bytes() >= 64 << 10, "{name}");
+        assert_eq!(rig.request(OUT, 8, &pattern(8192), 0).0, 0, "{name}");
+        assert_eq!(rig.request(FLUSH, 0, &[], 0).0, 0, "{name}");
+        assert!(rig.request(IN, 8, &[], 8192).2 == pattern(8192), "{name}");
+        assert_eq!(rig.request(WRITE_ZEROES, 0, &range(8, 8, 0), 0).0, 0, "{name}");
+        assert_eq!(rig.request(WRITE_ZEROES, 0, &range(16, 8, 1), 0).0, 0, "{name}");
+        assert_eq!(rig.request(IN, 8, &[], 8192).2, vec![0; 8192], "{name}");
+        assert!(
+            matches!(rig.request(DISCARD, 0, &range(8, 8, 0), 0).0, 0 | 2),
+            "{name}"
+        );
+        let last = rig.block.capacity_bytes() / 512 - 1;
+        assert_eq!(rig.request(IN, last, &[], 512).0, 0, "{name}");
+        assert_eq!(rig.request(IN, last, &[], 1024).0, 1, "{name}");
+    }
+}
