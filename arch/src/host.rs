@@ -1,13 +1,11 @@
-//! Services of the host's kernel that neither std nor vmm-sys-util wraps: inherited descriptors,
-//! pseudo-terminals, signals as a descriptor.
+//! Services of the host's kernel that no crate at hand wraps: inherited descriptors, and signals as
+//! a descriptor.
 // UNSAFETY: raw system calls.
 #![expect(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use vmm_sys_util::signal::create_sigset;
@@ -24,27 +22,6 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just returned `copy` as a new descriptor, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
-/// Opens a new pseudo-terminal: its master side, and the path that a terminal program opens.
-///
-/// # Errors
-/// The kernel's; `ENOSPC` if there are too many.
-pub fn open_pty() -> io::Result<(File, PathBuf)> {
-    let master = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NOCTTY)
-        .open("/dev/ptmx")?;
-    let (locked, mut index): (libc::c_int, libc::c_uint) = (0, 0);
-    // SAFETY: TIOCSPTLCK reads one int, the live `locked`, during the call.
-    let unlocked = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const locked) };
-    // SAFETY: TIOCGPTN writes one unsigned int, the live `index`, during the call.
-    let named = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut index) };
-    if unlocked < 0 || named < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((master, format!("/dev/pts/{index}").into()))
 }
 
 /// Signals that arrive as something to read instead of interrupting the process (`signalfd`).
@@ -111,16 +88,6 @@ mod tests {
             duplicate(1_000_000).unwrap_err().raw_os_error(),
             Some(libc::EBADF)
         );
-    }
-
-    #[test]
-    fn what_the_master_writes_the_terminal_reads() {
-        let (mut master, path) = open_pty().unwrap();
-        let mut terminal = OpenOptions::new().read(true).write(true).open(path).unwrap();
-        master.write_all(b"hi\n").unwrap();
-        let mut line = [0; 3];
-        terminal.read_exact(&mut line).unwrap();
-        assert_eq!(line, *b"hi\n");
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Configuration to machine to threads; the only crate that knows all others.
 #![forbid(unsafe_code)]
+pub mod cli;
 pub mod config;
 pub mod cpuid;
+pub mod doctor;
 pub mod ending;
 pub mod event_loop;
 pub mod events;
@@ -10,6 +12,7 @@ pub mod plan;
 pub mod platform;
 pub mod ram;
 pub mod signals;
+pub mod sink;
 pub mod spec;
 pub mod staging;
 pub mod vcpu;

@@ -2,7 +2,7 @@
 //! before anything is created, and what was checked stays open, so that nothing can change in between.
 
 pub mod bzimage;
-pub mod console;
+mod console;
 pub mod disk;
 pub mod file;
 pub mod host;
@@ -13,10 +13,13 @@ pub mod size;
 pub mod snp;
 pub mod socket;
 
-use console::{ConsoleError, ConsoleSpec};
+use std::path::PathBuf;
+
+use devices::console::{Console as HostConsole, ConsoleError};
+
 use disk::{DiskError, DiskSpec};
 use host::{HostFacts, HostLack};
-use net::{NetBackend, NetError, NetSpec};
+use net::{NetError, NetSpec};
 use payload::{Payload, PayloadError};
 use size::SizeError;
 use snp::{SnpOptionError, SnpSpec};
@@ -53,6 +56,16 @@ pub enum PlatformSpec {
     Snp(SnpSpec),
 }
 
+impl PlatformSpec {
+    /// Name as on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Soft => "soft",
+            Self::Snp(_) => "snp",
+        }
+    }
+}
+
 /// The devices of a machine.
 #[derive(Debug)]
 pub struct DeviceSpecs {
@@ -64,8 +77,10 @@ pub struct DeviceSpecs {
     pub vsock: Option<VsockSpec>,
     /// Random numbers.
     pub rng: bool,
-    /// The console's host side.
-    pub console: ConsoleSpec,
+    /// The console's host side, open; a terminal is in raw mode while it lives.
+    pub console: HostConsole,
+    /// False if the guest gets no virtio console, because its output would go nowhere.
+    pub has_console: bool,
 }
 
 /// Sockets between host and guest.
@@ -98,6 +113,14 @@ pub enum SpecError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The console's file is none.
+    #[error("console {}: is a {found}; give a file, or socket=PATH for a socket", path.display())]
+    ConsoleFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// Options of SNP.
     #[error(transparent)]
     Snp(#[from] SnpOptionError),
@@ -134,7 +157,7 @@ impl SpecError {
             self,
             Self::Disk(DiskError::Busy { .. })
                 | Self::Socket(SocketError::Busy { .. })
-                | Self::Console(ConsoleError::Socket(SocketError::Busy { .. }))
+                | Self::Console(ConsoleError::InUse { .. })
         );
         if busy {
             ExitClass::Busy
@@ -236,12 +259,13 @@ impl CheckedDevices {
             }
         }
         if let Some(console) = console {
-            ConsoleSpec::check(console)?;
+            console::check(console)?;
         }
         Ok(Self { disks, nets })
     }
 
     fn open(self, devices: Devices) -> Result<DeviceSpecs, SpecError> {
+        let console = devices.console.unwrap_or(Console::Stdio);
         let nets = self.nets.into_iter().map(net::Checked::open);
         let vsock = devices.vsock.map(|vsock| {
             let listener = Listener::bind("vsock", &vsock.uds);
@@ -253,20 +277,11 @@ impl CheckedDevices {
         Ok(DeviceSpecs {
             nets: nets.collect::<Result<_, _>>()?,
             vsock: vsock.transpose()?,
-            console: ConsoleSpec::open(&devices.console.unwrap_or(Console::Stdio))?,
             disks: self.disks,
             rng: devices.rng,
+            has_console: console != Console::None,
+            // Last, because it may change the mode of the terminal.
+            console: HostConsole::open(&console::device_spec(console))?,
         })
-    }
-}
-
-impl NetSpec {
-    /// The host's side as a person would name it.
-    pub fn name(&self) -> &str {
-        match &self.backend {
-            NetBackend::Tap { name, .. } => name,
-            NetBackend::TapFd(_) => "inherited tap",
-            NetBackend::Passt(_) => "passt",
-        }
     }
 }

@@ -1,10 +1,13 @@
 //! Network cards: the host's side exists, is of the right kind and is used once.
 
 use std::fs;
-use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
+
+use arch::tap::{Tap, TapError};
+use devices::virtio::net as device;
 
 use super::inherited::{FdError, Inherited};
 use super::socket::{self, SocketError};
@@ -13,28 +16,40 @@ use crate::config::{Backend, Mac, Net};
 /// A network card with its host's side.
 #[derive(Debug)]
 pub struct NetSpec {
-    /// The host's side.
-    pub backend: NetBackend,
+    /// The host's side as the user wrote it, e.g. `tap=tap0`.
+    pub name: String,
     /// Address of the guest's card.
-    pub mac: [u8; 6],
-    /// Pairs of queues, 1 to [`MOST_PAIRS`].
-    pub pairs: u16,
+    pub mac: device::MacAddress,
+    link: Link,
 }
 
-/// The host's side of a network card.
 #[derive(Debug)]
-pub enum NetBackend {
-    /// An existing tap, not opened yet: attaching is the tap back-end's ioctl.
-    Tap {
-        /// Name of the interface.
-        name: String,
-        /// The interface was made with `multi_queue`, so attaching must say so too.
-        multi_queue: bool,
-    },
-    /// An inherited descriptor that is attached to a tap.
-    TapFd(OwnedFd),
-    /// A connection to passt.
-    Passt(UnixStream),
+enum Link {
+    /// Queues of a tap, one for each pair.
+    Taps(Vec<Tap>),
+    /// passt's socket: each life of the machine is a connection of its own.
+    Passt(PathBuf),
+}
+
+impl NetSpec {
+    /// The device for one life of the machine, on the same queues as in the life before.
+    ///
+    /// # Errors
+    /// No descriptors left, or passt has gone.
+    pub fn device(&self) -> Result<device::Net, NetError> {
+        let (backend, pairs) = match &self.link {
+            Link::Passt(path) => (device::Backend::Passt(path.clone()), 1),
+            Link::Taps(taps) => {
+                let fds = taps.iter().map(|tap| tap.fd().try_clone_to_owned());
+                let fds = fds
+                    .collect::<io::Result<Vec<_>>>()
+                    .map_err(NetError::Descriptors)?;
+                let pairs = u16::try_from(fds.len()).unwrap_or(MOST_PAIRS);
+                (device::Backend::TapFds(fds), pairs)
+            }
+        };
+        Ok(device::Net::open(backend, self.mac, pairs)?)
+    }
 }
 
 /// Most pairs of queues of a card.
@@ -115,17 +130,35 @@ pub enum NetError {
     /// passt's socket is wrong.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// There is no socket of passt's.
+    #[error("net passt={}: no socket; start passt first, as in `passt --socket {}`", path.display(), path.display())]
+    NoPasst {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The tap cannot be attached to.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The device cannot be made.
+    #[error(transparent)]
+    Device(#[from] device::NetError),
+    /// No descriptors left.
+    #[error("duplicating the tap's descriptors; raise the limit on open files (`ulimit -n`)")]
+    Descriptors(#[source] io::Error),
 }
 
 /// A card of which all is known that can be known without changing anything.
+#[derive(Debug)]
 pub(super) struct Checked {
+    name: String,
     backend: CheckedBackend,
-    mac: [u8; 6],
+    mac: device::MacAddress,
     pairs: u16,
 }
 
+#[derive(Debug)]
 enum CheckedBackend {
-    Tap { name: String, multi_queue: bool },
+    Tap(String),
     TapFd(OwnedFd),
     Passt(PathBuf),
 }
@@ -136,10 +169,11 @@ pub(super) fn check_all(nets: &[Net]) -> Result<Vec<Checked>, NetError> {
     let mut seen: Vec<(bool, String)> = Vec::new();
     for net in nets {
         let (backend, key) = check_backend(net)?;
-        let written = written(&net.backend);
+        let name = written(&net.backend);
         if seen.contains(&key) {
-            return Err(NetError::Twice { name: written });
+            return Err(NetError::Twice { name });
         }
+        let own_mac = device_mac(&key.1);
         seen.push(key);
         if let Some(mac) = net.mac {
             let [first, ..] = mac.0;
@@ -150,18 +184,21 @@ pub(super) fn check_all(nets: &[Net]) -> Result<Vec<Checked>, NetError> {
                 return Err(NetError::MacTwice { mac });
             }
         }
-        let most = if matches!(backend, CheckedBackend::Tap { .. }) {
-            MOST_PAIRS
-        } else {
-            1
+        let most = match backend {
+            CheckedBackend::Tap(_) => MOST_PAIRS,
+            CheckedBackend::TapFd(_) | CheckedBackend::Passt(_) => 1,
         };
         let pairs = net.queues.unwrap_or(1);
         if !(1..=most).contains(&pairs) {
-            let name = written;
             return Err(NetError::Queues { name, pairs, most });
         }
-        let mac = net.mac.map_or_else(random_mac, |mac| mac.0);
-        checked.push(Checked { backend, mac, pairs });
+        let mac = net.mac.unwrap_or(own_mac);
+        checked.push(Checked {
+            name,
+            backend,
+            mac: mac.to_string().parse().map_err(|_| NetError::Mac { mac })?,
+            pairs,
+        });
     }
     Ok(checked)
 }
@@ -177,10 +214,8 @@ fn written(backend: &Backend) -> String {
 fn check_backend(net: &Net) -> Result<(CheckedBackend, (bool, String)), NetError> {
     Ok(match &net.backend {
         Backend::Tap(name) => {
-            let multi_queue = check_tap(name, net.queues.unwrap_or(1))?;
-            let name = name.clone();
-            let key = (true, name.clone());
-            (CheckedBackend::Tap { name, multi_queue }, key)
+            check_tap(name, net.queues.unwrap_or(1))?;
+            (CheckedBackend::Tap(name.clone()), (true, name.clone()))
         }
         Backend::Fd(number) => {
             let (fd, name) = Inherited::take("net fd", *number)?.writable()?.tap()?;
@@ -188,14 +223,16 @@ fn check_backend(net: &Net) -> Result<(CheckedBackend, (bool, String)), NetError
         }
         Backend::Passt(path) => {
             socket::check_path("passt", path)?;
+            if !path.metadata().is_ok_and(|m| m.file_type().is_socket()) {
+                return Err(NetError::NoPasst { path: path.clone() });
+            }
             let key = (false, path.to_string_lossy().into_owned());
             (CheckedBackend::Passt(path.clone()), key)
         }
     })
 }
 
-/// True if the tap has several queues.
-fn check_tap(name: &str, pairs: u16) -> Result<bool, NetError> {
+fn check_tap(name: &str, pairs: u16) -> Result<(), NetError> {
     let name_is_good = (1..=NAME_MAX).contains(&name.len())
         && !name.starts_with('.')
         && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
@@ -212,33 +249,41 @@ fn check_tap(name: &str, pairs: u16) -> Result<bool, NetError> {
     if flags & IFF_TAP == 0 {
         return Err(NetError::NotATap { name: name.into() });
     }
-    let multi_queue = flags & IFF_MULTI_QUEUE != 0;
-    if pairs > 1 && !multi_queue {
+    if pairs > 1 && flags & IFF_MULTI_QUEUE == 0 {
         return Err(NetError::SingleQueue {
             name: name.into(),
             pairs,
         });
     }
-    Ok(multi_queue)
+    Ok(())
 }
 
-/// A unicast address of the locally administered kind (IEEE 802, "local bit").
-fn random_mac() -> [u8; 6] {
-    let [a, b, c, d, e, ..] = RandomState::new().hash_one(0).to_le_bytes();
-    [0x02, a, b, c, d, e]
+/// A locally administered unicast address made from the name of the host's side (FNV-1a), so that it is the same in
+/// every run, and different for two machines on one host.
+fn device_mac(name: &str) -> Mac {
+    let start = 0xcbf2_9ce4_8422_2325_u64;
+    let hash = name.bytes().fold(start, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    Mac([0x02, a, b, c, d, e])
 }
 
 impl Checked {
-    /// Connects what has to be connected.
+    /// Attaches to the taps.
     pub(super) fn open(self) -> Result<NetSpec, NetError> {
+        let link = match self.backend {
+            CheckedBackend::Tap(name) => {
+                let queues = (0..self.pairs).map(|_| Tap::open(&name, self.pairs > 1));
+                Link::Taps(queues.collect::<Result<_, _>>()?)
+            }
+            CheckedBackend::TapFd(fd) => Link::Taps(vec![Tap::from_fd(fd)?]),
+            CheckedBackend::Passt(path) => Link::Passt(path),
+        };
         Ok(NetSpec {
-            backend: match self.backend {
-                CheckedBackend::Tap { name, multi_queue } => NetBackend::Tap { name, multi_queue },
-                CheckedBackend::TapFd(fd) => NetBackend::TapFd(fd),
-                CheckedBackend::Passt(path) => NetBackend::Passt(socket::connect("passt", &path)?),
-            },
+            name: self.name,
             mac: self.mac,
-            pairs: self.pairs,
+            link,
         })
     }
 }

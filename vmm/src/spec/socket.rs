@@ -1,4 +1,4 @@
-//! Unix sockets: what cvmm listens on, and what it connects to.
+//! Unix sockets that cvmm listens on.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -59,16 +59,6 @@ pub enum SocketError {
         /// The kernel's answer.
         cause: io::Error,
     },
-    /// Nobody listens there.
-    #[error("{role} {}: {}; start {role} first, as in `passt --socket {}`", path.display(), reason(cause), path.display())]
-    NobodyListens {
-        /// What it is for.
-        role: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The kernel's answer.
-        cause: io::Error,
-    },
 }
 
 /// Refuses a path that is too long.
@@ -103,16 +93,6 @@ pub(super) fn check_free(role: &'static str, path: &Path) -> Result<(), SocketEr
             path: path.into(),
         }),
     }
-}
-
-/// Connects to a server that is already there.
-pub(super) fn connect(role: &'static str, path: &Path) -> Result<UnixStream, SocketError> {
-    check_path(role, path)?;
-    UnixStream::connect(path).map_err(|cause| SocketError::NobodyListens {
-        role,
-        path: path.into(),
-        cause,
-    })
 }
 
 impl Listener {

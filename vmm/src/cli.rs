@@ -1,0 +1,217 @@
+//! The command line: what it means, and what each command does.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::process;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::doctor;
+use crate::ending::{Ending, ExitClass, RunError, exit_code_table};
+use crate::events::{Event, Events, EventsError};
+use crate::signals::Signals;
+use crate::sink::{self, Level};
+use crate::spec::host::HostFacts;
+use crate::spec::{MachineSpec, SpecError};
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot this host's kernel without protection, with its console in this terminal (Ctrl-A x ends it):
+    cvmm run --platform soft --kernel /boot/vmlinuz-$(uname -r) --initrd /boot/initrd.img-$(uname -r)
+
+  A guest with two processors, a disk, a network card and a socket to the host, protected by SEV-SNP:
+    ip tuntap add tap0 mode tap && ip link set tap0 up
+    cvmm run --platform snp --cpus 2 --memory 2G --kernel vmlinuz --initrd initrd.img \\
+        --cmdline 'console=ttyS0 root=/dev/vda1' --disk disk.img --net tap=tap0 \\
+        --vsock cid=3,uds=/run/guest.vsock --rng
+
+  Keep the flags as a file, and change one thing:
+    cvmm run --kernel vmlinuz --memory 1G --print-config > guest.json
+    cvmm run --config guest.json --memory 2G
+
+Signals: the first SIGTERM or SIGINT asks the guest to power off, the second ends it at once.
+";
+
+/// Launches confidential virtual machines (AMD SEV-SNP, Intel TDX) on Linux and KVM.
+///
+/// cvmm boots the unmodified kernel of a distribution in a guest whose memory this host cannot read, measured by a
+/// boot shim of a few pages. Begin with `cvmm doctor`, which says what this host can do.
+#[derive(Parser, Debug)]
+#[command(name = "cvmm", version, max_term_width = 100, propagate_version = true)]
+#[command(after_help = "`cvmm run --help` shows every flag, with examples and exit codes.")]
+pub struct Cli {
+    /// How much to log on standard error
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        default_value = "warn",
+        help_heading = "Supervision"
+    )]
+    log_level: Level,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Launch a guest and stay until it ends
+    ///
+    /// Every value is checked before anything is created. Flags are laid over the file given by --config.
+    #[command(after_long_help = format!("{EXAMPLES}\n{}", exit_code_table()))]
+    Run(Box<RunArgs>),
+    /// Say what this host can do, what is missing, and how to mend it
+    Doctor(doctor::Args),
+}
+
+#[derive(Args, Debug)]
+#[expect(
+    missing_docs,
+    reason = "clap would take the text for the command's description"
+)]
+pub struct RunArgs {
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "clap would take the text for the command's description"
+    )]
+    pub config: Config,
+    /// Read a configuration first: JSON, as --print-config prints it
+    #[arg(
+        long = "config",
+        id = "file",
+        value_name = "FILE.json",
+        help_heading = "Configuration"
+    )]
+    pub file: Option<PathBuf>,
+    /// Print what the flags mean as JSON, and exit without touching the host
+    #[arg(long, help_heading = "Configuration")]
+    pub print_config: bool,
+}
+
+/// Why a command failed before or while a machine ran.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Events(#[from] EventsError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+impl Failure {
+    fn class(&self) -> ExitClass {
+        match self {
+            Self::Config(_) | Self::Events(_) => ExitClass::Usage,
+            Self::Spec(e) => e.class(),
+            Self::Run(e) => e.class(),
+        }
+    }
+}
+
+/// Runs the process's command line and returns the exit code. `launch` runs a machine to its end.
+pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
+    let cli = Cli::parse();
+    sink::install(cli.log_level);
+    match cli.command {
+        Command::Run(args) => run(*args, launch),
+        Command::Doctor(args) => doctor::run(&args),
+    }
+}
+
+fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
+    let config = match merge(&args) {
+        Ok(config) => config,
+        Err(e) => return complain(&e.into()),
+    };
+    if args.print_config {
+        return print(&config);
+    }
+    let events = match Events::open(&config.notify) {
+        Ok(events) => events,
+        Err(e) => return complain(&e.into()),
+    };
+    let code = match start(config, &events, launch) {
+        Ok(ending) => {
+            log::info!("{ending}");
+            if !matches!(ending, Ending::PowerOff) {
+                eprintln!("cvmm: {ending}");
+            }
+            ending.exit_code()
+        }
+        Err(e) => {
+            let code = complain(&e);
+            let message = sentence(&e);
+            events.emit(&Event::Error { message, code });
+            code
+        }
+    };
+    events.emit(&Event::Stopped { code });
+    events.finish();
+    code
+}
+
+fn merge(args: &RunArgs) -> Result<Config, ConfigError> {
+    let flags = args.config.clone();
+    let config = match &args.file {
+        Some(path) => Config::load(path)?.overlaid(flags),
+        None => flags,
+    };
+    Ok(config.with_defaults())
+}
+
+fn print(config: &Config) -> u8 {
+    let printed = serde_json::to_string_pretty(config)
+        .map_err(io::Error::from)
+        .and_then(|json| writeln!(io::stdout(), "{json}"));
+    match printed {
+        Ok(()) => ExitClass::Success as u8,
+        Err(e) => {
+            eprintln!("cvmm: printing the configuration: {e}");
+            ExitClass::HostFailed as u8
+        }
+    }
+}
+
+fn start(
+    config: Config,
+    events: &Events,
+    launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>,
+) -> Result<Ending, Failure> {
+    // Before any thread exists, so that no thread takes the signals.
+    let signals = Signals::catch().map_err(RunError::host("catching signals"))?;
+    let spec = MachineSpec::resolve(config, &HostFacts::probe())?;
+    let terminal = spec.parts().devices.console.terminal_path();
+    let console = terminal.map(|path| path.display().to_string());
+    if let Some(path) = &console {
+        eprintln!("cvmm: console on {path}");
+    }
+    events.emit(&Event::Started {
+        pid: process::id(),
+        platform: spec.parts().platform.name(),
+        console,
+    });
+    Ok(launch(spec, events.clone(), signals)?)
+}
+
+/// Prints the failure in one line and returns its exit code.
+fn complain(failure: &Failure) -> u8 {
+    eprintln!("cvmm: {}", sentence(failure));
+    failure.class() as u8
+}
+
+/// An error with its causes, in one line.
+fn sentence(failure: &Failure) -> String {
+    let mut text = failure.to_string();
+    let mut cause = std::error::Error::source(failure);
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text.replace('\n', " ")
+}
