@@ -74,6 +74,7 @@ impl AsFd for SignalFd {
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn a_duplicate_is_the_same_file_and_a_closed_number_is_refused() {

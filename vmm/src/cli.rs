@@ -7,7 +7,7 @@ use std::process;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, PlatformName};
 use crate::doctor;
 use crate::ending::{Ending, ExitClass, RunError, exit_code_table};
 use crate::events::{Event, Events, EventsError};
@@ -185,7 +185,8 @@ fn start(
 ) -> Result<Ending, Failure> {
     // Before any thread exists, so that no thread takes the signals.
     let signals = Signals::catch().map_err(RunError::host("catching signals"))?;
-    let spec = MachineSpec::resolve(config, &HostFacts::probe())?;
+    let facts = HostFacts::probe(config.platform.unwrap_or(PlatformName::Auto));
+    let spec = MachineSpec::resolve(config, facts)?;
     let terminal = spec.parts().devices.console.terminal_path();
     let console = terminal.map(|path| path.display().to_string());
     if let Some(path) = &console {

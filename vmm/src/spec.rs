@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use devices::console::{Console as HostConsole, ConsoleError};
 
+use ::snp::host::Missing;
 use disk::{DiskError, DiskSpec};
 use host::{HostFacts, HostLack};
 use net::{NetError, NetSpec};
@@ -174,7 +175,7 @@ impl MachineSpec {
     ///
     /// # Errors
     /// The first thing that is wrong; nothing has been created then, and every lock is released.
-    pub fn resolve(config: Config, facts: &HostFacts) -> Result<Self, SpecError> {
+    pub fn resolve(config: Config, facts: HostFacts) -> Result<Self, SpecError> {
         let config = config.with_defaults();
         let memory = config.memory.unwrap_or(Size(0));
         let memory_bytes = size::check_memory(memory, facts.memory_bytes)?;
@@ -205,22 +206,27 @@ impl MachineSpec {
     }
 }
 
-fn resolve_platform(config: &Config, facts: &HostFacts) -> Result<PlatformSpec, SpecError> {
-    let lacks = |platform| Err(HostLack::Platform { platform }.into());
-    let (has_snp, has_tdx) = (facts.offers(host::SNP_VM), facts.offers(host::TDX_VM));
-    match config.platform.unwrap_or(PlatformName::Auto) {
-        PlatformName::Soft => {
+fn resolve_platform(config: &Config, facts: HostFacts) -> Result<PlatformSpec, SpecError> {
+    let name = config.platform.unwrap_or(PlatformName::Auto);
+    let has_tdx = facts.offers_tdx();
+    let missing = match (name, facts.snp) {
+        (PlatformName::Soft, _) => {
             snp::check_absent(&config.snp)?;
-            Ok(PlatformSpec::Soft)
+            return Ok(PlatformSpec::Soft);
         }
-        PlatformName::Auto | PlatformName::Snp if has_snp => {
-            Ok(PlatformSpec::Snp(SnpSpec::check(&config.snp)?))
+        (PlatformName::Tdx, _) if has_tdx => return Err(HostLack::TdxUnsupported.into()),
+        (PlatformName::Tdx, _) => return Err(HostLack::Tdx.into()),
+        (PlatformName::Auto | PlatformName::Snp, Some(Ok(host))) => {
+            return Ok(PlatformSpec::Snp(SnpSpec::check(&config.snp, &host)?));
         }
-        PlatformName::Auto | PlatformName::Tdx if has_tdx => Err(HostLack::TdxUnsupported.into()),
-        PlatformName::Auto => Err(HostLack::NoProtection.into()),
-        PlatformName::Snp => lacks("snp"),
-        PlatformName::Tdx => lacks("tdx"),
-    }
+        (PlatformName::Auto | PlatformName::Snp, Some(Err(missing))) => missing,
+        (PlatformName::Auto | PlatformName::Snp, None) => Missing::Cpu,
+    };
+    Err(match name {
+        PlatformName::Auto if has_tdx => HostLack::TdxUnsupported.into(),
+        PlatformName::Auto => HostLack::NoProtection(missing).into(),
+        PlatformName::Soft | PlatformName::Snp | PlatformName::Tdx => HostLack::Snp(missing).into(),
+    })
 }
 
 /// Devices of which all is checked; disks are open and locked, but nothing has been created.

@@ -17,8 +17,8 @@ use super::text::{BadValue, bad, serde_as_text};
     reason = "clap would take the text for the command's description"
 )]
 pub struct Snp {
-    /// Guest policy as a hexadecimal number [default: 0x30000, which is SMT allowed, no debugging]
-    #[arg(long = "snp-policy", id = "policy", value_name = "HEX")]
+    /// Guest policy, a hexadecimal number [default: 0x30000, which is SMT allowed, no debugging]
+    #[arg(long, value_name = "HEX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,
     /// 32 bytes (64 hexadecimal digits) that the attestation report repeats as HOST_DATA
@@ -34,7 +34,7 @@ pub struct Snp {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id_auth: Option<PathBuf>,
     /// Certificates handed to the guest with an extended report; read anew at each request
-    #[arg(long = "snp-certs", id = "certs", value_name = "PATH")]
+    #[arg(long, value_name = "PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certs: Option<PathBuf>,
     /// Let firmware swap the debug registers of the guest

@@ -2,7 +2,7 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// An opened, non-empty regular file.
@@ -123,14 +123,17 @@ impl InputFile {
         })
     }
 
-    /// Reads the whole file if it is exactly `N` bytes long.
-    pub(super) fn read_exactly<const N: usize>(&self) -> io::Result<Option<Box<[u8; N]>>> {
-        use std::os::unix::fs::FileExt;
-        if self.bytes != N as u64 {
-            return Ok(None);
+    /// Reads the first `most` bytes, or all if there are fewer.
+    pub(super) fn read_start(&self, role: &'static str, most: usize) -> Result<Vec<u8>, FileError> {
+        let bytes = usize::try_from(self.bytes).unwrap_or(most).min(most);
+        let mut content = vec![0; bytes];
+        match self.file.read_exact_at(&mut content, 0) {
+            Ok(()) => Ok(content),
+            Err(cause) => Err(FileError::Unusable {
+                role,
+                path: self.path.clone(),
+                cause,
+            }),
         }
-        let mut content = Box::new([0; N]);
-        self.file.read_exact_at(content.as_mut_slice(), 0)?;
-        Ok(Some(content))
     }
 }

@@ -1,6 +1,5 @@
 //! Kernel, initrd and command line, and whether they fit the memory.
 
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use shim::layout;
@@ -82,15 +81,7 @@ impl Payload {
     pub(super) fn check(boot: &Boot, memory: Size) -> Result<Self, PayloadError> {
         let path = boot.kernel.as_deref().ok_or(PayloadError::NoKernel)?;
         let kernel = InputFile::open("kernel", path)?;
-        let mut head = vec![0; HEAD_BYTES.min(usize::try_from(kernel.bytes).unwrap_or(HEAD_BYTES))];
-        kernel
-            .file
-            .read_exact_at(&mut head, 0)
-            .map_err(|cause| FileError::Unusable {
-                role: "kernel",
-                path: path.into(),
-                cause,
-            })?;
+        let head = kernel.read_start("kernel", HEAD_BYTES)?;
         let header = Header::parse(&head, kernel.bytes).map_err(|cause| PayloadError::Kernel {
             path: path.into(),
             cause,

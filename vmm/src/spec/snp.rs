@@ -1,41 +1,33 @@
-//! What an SEV-SNP launch is given, read and checked.
+//! What an SEV-SNP launch is given, read and checked against what the host offers.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use snp::certs::{CertError, CertFile};
+use snp::commands::Identity;
+use snp::host::NotOffered;
+use snp::id_block::{IdAuth, IdBlock, IdBlockError};
+use snp::launch::LaunchConfig;
+use snp::policy::PolicyError;
+use snp::vmsa::SevFeatures;
 
 use super::file::{FileError, InputFile};
-use crate::config::{Policy, Snp};
+use super::host::SnpHost;
+use crate::config::Snp;
 
-/// Options of an SEV-SNP launch.
+/// A checked SEV-SNP launch.
 #[derive(Debug)]
 pub struct SnpSpec {
-    /// Guest policy bits.
-    pub policy: u64,
-    /// Repeated by the attestation report.
-    pub host_data: [u8; 32],
-    /// ID block and ID authentication information.
-    pub identity: Option<Identity>,
-    /// File that holds the certificates; opened anew at each request because it may be replaced.
-    pub certs: Option<PathBuf>,
-    /// Debug registers are swapped by firmware.
-    pub debug_swap: bool,
-    /// The guest's time-stamp counter is out of the host's reach.
-    pub secure_tsc: bool,
+    /// The open `/dev/sev`.
+    pub sev: Arc<File>,
+    /// Policy, features and identity; the host offers all of it.
+    pub config: LaunchConfig,
+    /// Certificates for extended reports.
+    pub certs: Option<CertFile>,
 }
 
-/// The tenant's identity: firmware refuses a launch with another digest.
-#[derive(Debug)]
-pub struct Identity {
-    /// ID block (SEV-SNP firmware ABI, "ID Block Structure").
-    pub block: Box<[u8; 96]>,
-    /// ID authentication information (the same, "ID Authentication Information Structure").
-    pub auth: Box<[u8; 4096]>,
-}
-
-/// SMT allowed, and the bit that must be one (SEV-SNP firmware ABI, "Guest Policy").
-const DEFAULT_POLICY: u64 = 0x3_0000;
-const MUST_BE_ONE: u64 = 1 << 17;
-
-/// An option that no SEV-SNP launch can have.
+/// An option that no SEV-SNP launch can have, or none here.
 #[derive(Debug, thiserror::Error)]
 pub enum SnpOptionError {
     /// Options of SNP for another platform.
@@ -44,12 +36,12 @@ pub enum SnpOptionError {
         /// The first such flag.
         flag: &'static str,
     },
-    /// The reserved policy bit is clear.
-    #[error("snp-policy: {policy} lacks bit 17, which must be one; give {}", Policy(policy.0 | MUST_BE_ONE))]
-    Policy {
-        /// Policy asked for.
-        policy: Policy,
-    },
+    /// The policy is none.
+    #[error("policy: {0}")]
+    Policy(#[from] PolicyError),
+    /// The host does not offer it.
+    #[error(transparent)]
+    NotOffered(#[from] NotOffered),
     /// One of the two files is missing.
     #[error("{given}: needs {missing} too; `cvmm id-block` makes both")]
     HalfIdentity {
@@ -61,28 +53,32 @@ pub enum SnpOptionError {
     /// A file cannot be read.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A file has the wrong length.
-    #[error("{role} {}: {bytes} bytes instead of {expected}; give what `cvmm id-block` wrote", path.display())]
-    Length {
-        /// "id-block" or "id-auth".
-        role: &'static str,
+    /// The ID block would be refused by firmware.
+    #[error("id-block {}: {cause}", path.display())]
+    Identity {
         /// The file.
         path: PathBuf,
-        /// Its length.
-        bytes: u64,
-        /// The length that it must have.
-        expected: usize,
+        /// What is wrong.
+        cause: IdBlockError,
+    },
+    /// The certificates cannot be served.
+    #[error("certs {}: {cause}", path.display())]
+    Certs {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        cause: CertError,
     },
 }
 
 /// Refuses options of SNP for a guest that is none.
 pub(super) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
     let given = [
-        ("--snp-policy", options.policy.is_some()),
+        ("--policy", options.policy.is_some()),
         ("--host-data", options.host_data.is_some()),
         ("--id-block", options.id_block.is_some()),
         ("--id-auth", options.id_auth.is_some()),
-        ("--snp-certs", options.certs.is_some()),
+        ("--certs", options.certs.is_some()),
         ("--debug-swap", options.debug_swap),
         ("--secure-tsc", options.secure_tsc),
     ];
@@ -93,50 +89,80 @@ pub(super) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
 }
 
 impl SnpSpec {
-    pub(super) fn check(options: &Snp) -> Result<Self, SnpOptionError> {
-        let policy = options.policy.unwrap_or(Policy(DEFAULT_POLICY));
-        if policy.0 & MUST_BE_ONE == 0 {
-            return Err(SnpOptionError::Policy { policy });
-        }
-        let identity = match (&options.id_block, &options.id_auth) {
-            (None, None) => None,
-            (Some(block), Some(auth)) => Some(Identity {
-                block: read("id-block", block)?,
-                auth: read("id-auth", auth)?,
-            }),
-            (block, _) => {
-                let (given, missing) = match block {
-                    Some(_) => ("--id-block", "--id-auth"),
-                    None => ("--id-auth", "--id-block"),
-                };
-                return Err(SnpOptionError::HalfIdentity { given, missing });
-            }
+    pub(super) fn check(options: &Snp, host: &SnpHost) -> Result<Self, SnpOptionError> {
+        let policy = match options.policy {
+            Some(policy) => snp::policy::Policy::from_bits(policy.0)?,
+            None => snp::policy::Policy::default(),
         };
-        if let Some(path) = &options.certs {
-            InputFile::open("snp-certs", path)?;
-        }
+        let wishes = [
+            (options.debug_swap, SevFeatures::DEBUG_SWAP),
+            (options.secure_tsc, SevFeatures::SECURE_TSC),
+        ];
+        let features = wishes
+            .iter()
+            .filter(|(wanted, _)| *wanted)
+            .fold(SevFeatures::SNP, |all, (_, feature)| all.with(*feature));
+        let certs = options.certs.as_deref().map(open_certs).transpose()?;
+        host.offered.check(features, policy, certs.is_some())?;
+        let config = LaunchConfig {
+            features,
+            policy,
+            identity: Identity {
+                id_block: identity(options)?,
+                host_data: options.host_data.map_or([0; 32], |blob| blob.0),
+                ..Identity::default()
+            },
+            certificates: certs.is_some(),
+        };
         Ok(Self {
-            policy: policy.0,
-            host_data: options.host_data.map_or([0; 32], |blob| blob.0),
-            identity,
-            certs: options.certs.clone(),
-            debug_swap: options.debug_swap,
-            secure_tsc: options.secure_tsc,
+            sev: Arc::clone(&host.sev),
+            config,
+            certs,
         })
     }
 }
 
-fn read<const N: usize>(role: &'static str, path: &std::path::Path) -> Result<Box<[u8; N]>, SnpOptionError> {
-    let file = InputFile::open(role, path)?;
-    let content = file.read_exactly().map_err(|cause| FileError::Unusable {
-        role,
+fn open_certs(path: &Path) -> Result<CertFile, SnpOptionError> {
+    CertFile::new(path).map_err(|cause| SnpOptionError::Certs {
         path: path.into(),
         cause,
-    })?;
-    content.ok_or(SnpOptionError::Length {
-        role,
-        path: file.path,
-        bytes: file.bytes,
-        expected: N,
     })
+}
+
+type Signed = (IdBlock, Box<IdAuth>);
+
+/// ID block and ID auth, as firmware would check them but for the digest, which is not known yet.
+fn identity(options: &Snp) -> Result<Option<Signed>, SnpOptionError> {
+    let (path, auth_path) = match (&options.id_block, &options.id_auth) {
+        (None, None) => return Ok(None),
+        (Some(block), Some(auth)) => (block, auth),
+        (Some(_), None) => {
+            return Err(SnpOptionError::HalfIdentity {
+                given: "--id-block",
+                missing: "--id-auth",
+            });
+        }
+        (None, Some(_)) => {
+            return Err(SnpOptionError::HalfIdentity {
+                given: "--id-auth",
+                missing: "--id-block",
+            });
+        }
+    };
+    let wrong = |cause| SnpOptionError::Identity {
+        path: path.clone(),
+        cause,
+    };
+    let block = IdBlock::parse(&read("id-block", path)?).map_err(wrong)?;
+    let auth = IdAuth::parse(&read("id-auth", auth_path)?).map_err(wrong)?;
+    auth.check(&block).map_err(wrong)?;
+    Ok(Some((block, auth)))
+}
+
+/// More than either file may have, so that a longer one is seen to be too long.
+const MOST_BYTES: usize = 4097;
+
+fn read(role: &'static str, path: &Path) -> Result<Vec<u8>, SnpOptionError> {
+    let file = InputFile::open(role, path)?;
+    Ok(file.read_start(role, MOST_BYTES)?)
 }
