@@ -1,5 +1,6 @@
 """Debian's newest stock kernels: resolved at run time, never pinned to a version."""
 
+import functools
 import lzma
 import re
 import shutil
@@ -22,21 +23,28 @@ class Kernel:
         self.folder = Path(folder)
         self.vmlinuz = self.folder / "vmlinuz"
         self.release = (self.folder / "release").read_text().strip()
-        self._files = None
+
+    def has(self, name):
+        """Whether the kernel has this module, loadable or built in."""
+        return _plain(name) in self._loadable() or _plain(name) in self._builtin()
 
     def module(self, name):
         """(file name, bytes) of one module, decompressed; None when it is built into the kernel."""
-        if self._files is None:
-            tree = self.folder / "modules"
-            self._files = {_plain(p.name): p for p in tree.rglob("*.ko*")}
-            builtin = (tree / "modules.builtin").read_text().split()
-            self._builtin = {_plain(Path(p).name) for p in builtin}
-        path = self._files.get(_plain(name))
+        path = self._loadable().get(_plain(name))
         if path is None:
-            if _plain(name) in self._builtin:
+            if self.has(name):
                 return None
             raise RigError(f"Debian's kernel {self.release} has no module {name}, which the rig needs")
         return path.name.split(".ko")[0] + ".ko", _expand(path)
+
+    @functools.cache
+    def _loadable(self):
+        return {_plain(path.name): path for path in (self.folder / "modules").rglob("*.ko*")}
+
+    @functools.cache
+    def _builtin(self):
+        names = (self.folder / "modules" / "modules.builtin").read_text().split()
+        return {_plain(Path(name).name) for name in names}
 
     def modules(self, names):
         """The named modules and all that they depend on as (file name, bytes), in the order to load them."""

@@ -40,9 +40,14 @@ def _busybox():
 
 
 def guest_program():
-    """The bytes of our program for L1 and L2 (tests/guest), built static once per content of its source."""
+    """The bytes of our program for L1 and L2 (tests/guest)."""
+    return guest_program_path().read_bytes()
+
+
+def guest_program_path():
+    """The path of our program, built static once per content of its source."""
     sources = sorted([*GUEST_SOURCE.glob("src/*.rs"), GUEST_SOURCE / "Cargo.toml", GUEST_SOURCE / "Cargo.lock"])
-    return (cache.made(f"guest-program/{cache.key(*sources)}", _build_guest_program) / "cvmm-guest").read_bytes()
+    return cache.made(f"guest-program/{cache.key(*sources)}", _build_guest_program) / "cvmm-guest"
 
 
 def _build_guest_program(folder):
