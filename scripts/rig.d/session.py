@@ -5,8 +5,10 @@ A session starts with a magic word and a nonce; frames are one kind byte, a 32-b
 
 import contextlib
 import fcntl
+import io
 import os
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -18,6 +20,7 @@ from report import RigError
 
 MAGIC = b"CVMMRIG1"
 CHUNK = 64 << 10
+BLOCK = 4096
 # Beyond a command's own limit: the agent ends it, and only a dead L1 does not answer in this time.
 SLACK_SECONDS = 30
 
@@ -176,6 +179,7 @@ def output(folder, words, limit=60):
 
 def push(folder, pairs):
     """Copies files or folders, as (source, path in L1), through the mailbox disk that both sides see."""
+    after = []
     with open(folder / "lock.mailbox", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "mailbox", "r+b") as mailbox:
@@ -183,13 +187,44 @@ def push(folder, pairs):
                 for source, target in pairs:
                     if not source.exists():
                         raise RigError(f"{source}: no such file to put into L1")
-                    tar.add(source.resolve(), target.strip("/"), filter=_as_root)
+                    if _is_sparse(source):
+                        after.append(_add_sparse(tar, source, target))
+                    else:
+                        tar.add(source.resolve(), target.strip("/"), filter=_as_root)
             size = mailbox.tell()
         if size > MAILBOX_BYTES:
             raise RigError(f"{size >> 20} MiB do not fit L1's mailbox of {MAILBOX_BYTES >> 20} MiB")
         blocks = (size >> 20) + 1
         script = f"blockdev --flushbufs /dev/vda && dd if=/dev/vda bs=1M count={blocks} 2>/dev/null | tar xf - -C /"
-        output(folder, ["/bin/sh", "-c", script], limit=600)
+        output(folder, ["/bin/sh", "-c", " && ".join([script, *after])], limit=600)
+
+
+def _is_sparse(path):
+    found = path.stat()
+    return path.is_file() and found.st_blocks * 512 < found.st_size // 2
+
+
+def _add_sparse(tar, source, target):
+    """Adds only a sparse file's data; gives the shell commands that lay them out in L1, holes and all."""
+    quoted, packed = shlex.quote(target), f"{target}.packed"
+    size = source.stat().st_size
+    data, commands = bytearray(), [f"rm -f {quoted}", f"truncate -s {size} {quoted}"]
+    with open(source, "rb") as file:
+        end = 0
+        with contextlib.suppress(OSError):  # ENXIO: no data after this place
+            while True:
+                begin = os.lseek(file.fileno(), end, os.SEEK_DATA) & ~(BLOCK - 1)
+                end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+                count = -(-(end - begin) // BLOCK)
+                commands.append(
+                    f"dd if={shlex.quote(packed)} of={quoted} bs={BLOCK} conv=notrunc skip={len(data) // BLOCK} "
+                    f"seek={begin // BLOCK} count={count} 2>/dev/null"
+                )
+                data += os.pread(file.fileno(), end - begin, begin).ljust(count * BLOCK, b"\0")
+    entry = tarfile.TarInfo(packed.strip("/"))
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(bytes(data)))
+    return " && ".join([*commands, f"rm -f {shlex.quote(packed)}"])
 
 
 def pull(folder, source, target):
