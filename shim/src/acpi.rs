@@ -178,3 +178,81 @@ fn byte_port(port: u16) -> [u8; 12] {
 
 /// The DSDT's `_S5` package starts with this sleep type; `dsdt.asl` names it again.
 const _: () = assert!(S5_SLEEP_TYPE == 5);
+
+#[cfg(test)]
+#[expect(clippy::arithmetic_side_effects, reason = "a test may overflow and fail")]
+mod tests {
+    use super::*;
+    use crate::bytes::{get_u32, get_u64};
+    use std::collections::BTreeMap;
+    use std::vec::Vec;
+
+    const BASE: u64 = 0x13_0000;
+
+    fn tables(vcpus: u32) -> BTreeMap<[u8; 4], Vec<u8>> {
+        let mut area = std::vec![0; 0x1_0000];
+        write(&mut area, BASE, vcpus).unwrap();
+        let at = |gpa: u64| usize::try_from(gpa - BASE).unwrap();
+        let table = |gpa: u64| {
+            let start = at(gpa);
+            let len = usize::try_from(get_u32(&area, start + 4).unwrap()).unwrap();
+            let table = area[start..start + len].to_vec();
+            assert_eq!(
+                table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
+                0,
+                "{:?}",
+                &table[..4]
+            );
+            (*table.first_chunk::<4>().unwrap(), table)
+        };
+        assert_eq!(
+            area[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
+            0
+        );
+        assert_eq!(
+            area[..36].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
+            0
+        );
+        let (_, xsdt) = table(get_u64(&area, 24).unwrap());
+        let listed = xsdt[36..]
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|gpa| table(u64::from_le_bytes(*gpa)));
+        let mut found: BTreeMap<_, _> = listed.collect();
+        let dsdt = get_u64(&found[b"FACP"], 140).unwrap();
+        found.extend([table(dsdt)]);
+        found
+    }
+
+    #[test]
+    fn every_table_is_reachable_and_sums_to_zero() {
+        for vcpus in [1, 2, 255, 256, 1024] {
+            let names: Vec<_> = tables(vcpus).into_keys().collect();
+            assert_eq!(names, [*b"APIC", *b"DSDT", *b"FACP", *b"MCFG"]);
+        }
+    }
+
+    #[test]
+    fn processors_from_255_on_have_x2apic_entries() {
+        for (vcpus, small, large) in [(1, 1, 0), (255, 255, 0), (256, 255, 1), (1024, 255, 769)] {
+            let madt = &tables(vcpus)[b"APIC"];
+            assert_eq!(madt.len(), 44 + 8 * small + 16 * large);
+            let (mut at, mut ids) = (44, Vec::new());
+            while at < madt.len() {
+                match madt[at..at + 2] {
+                    [0, 8] => ids.push(u32::from(madt[at + 3])),
+                    [9, 16] => ids.push(get_u32(madt, at + 4).unwrap()),
+                    _ => panic!("unknown entry at {at}"),
+                }
+                at += usize::from(madt[at + 1]);
+            }
+            assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn an_area_that_is_too_short_is_refused() {
+        assert_eq!(write(&mut [0; 512], BASE, 1), Err(Reason::TablesFull));
+    }
+}

@@ -159,4 +159,22 @@ pub(crate) mod tests {
         }
         assert_eq!(Kernel::parse(&[0; 16], 16, 0), Err(Reason::BadKernel));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn a_header_that_is_accepted_stays_in_bounds(
+            header in proptest::collection::vec(proptest::num::u8::ANY, 0x1f1..0x290), len in 0u64..1 << 40,
+        ) {
+            let mut file = file(0x4000, 0x8000);
+            file[HEADER_START..HEADER_START + 7].copy_from_slice(&header[..7]);
+            file[AT_JUMP] = header[8];
+            file[AT_INIT_SIZE..AT_INIT_SIZE + 4].copy_from_slice(&header[0x10..0x14]);
+            if let Ok(kernel) = Kernel::parse(&file, len, 0) {
+                proptest::prop_assert!(kernel.setup_len + ENTRY_OFFSET < len);
+                proptest::prop_assert!(len - kernel.setup_len <= kernel.init_size);
+                proptest::prop_assert!(kernel.header.end <= HEADER_END && kernel.header.start < kernel.header.end);
+            }
+            let _ = Kernel::parse(&header, len, 0);
+        }
+    }
 }

@@ -127,3 +127,69 @@ fn memory_type(kind: Kind) -> u64 {
         Kind::Acpi => 9,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bytes::{get, get_u32, get_u64};
+
+    #[test]
+    fn guids_are_mixed_endian() {
+        let bytes = [
+            0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0, 0x31,
+        ];
+        assert_eq!(GUID_UNACCEPTED, bytes);
+    }
+
+    #[test]
+    fn tables_lead_to_their_targets_and_map_all_ram() {
+        let ram = Ram::new(0x400_0000, 0x1_0060_0000).unwrap();
+        let targets = Targets {
+            rsdp: 0x13_0000,
+            unaccepted: 0x14_0000,
+            cc_blob: 0x12_2000,
+        };
+        let mut area = [0; 4096];
+        let tables = write(&mut area, 0x12_3000, &ram, &targets).unwrap();
+        assert_eq!(
+            tables,
+            Tables {
+                system_table: 0x12_3000,
+                map: 0x12_3200,
+                map_len: 240
+            }
+        );
+        assert_eq!(get(&area, 0), Some(*b"IBI SYST"));
+        assert_eq!(get_u32(&area, 12), Some(120));
+        assert_eq!(get_u64(&area, 24), Some(0x12_3080));
+        assert_eq!(
+            (get_u64(&area, 104), get_u64(&area, 112)),
+            (Some(3), Some(0x12_3100))
+        );
+        for (at, guid, target) in [
+            (0x100, GUID_ACPI_20, targets.rsdp),
+            (0x118, GUID_UNACCEPTED, targets.unaccepted),
+            (0x130, GUID_CC_BLOB, targets.cc_blob),
+        ] {
+            assert_eq!(
+                (get(&area, at), get_u64(&area, at + 16)),
+                (Some(guid), Some(target))
+            );
+        }
+        let ranges: std::vec::Vec<_> = (0x200..0x200 + 240)
+            .step_by(40)
+            .map(|at| [0, 8, 24, 32].map(|field| get_u64(&area, at + field).unwrap()))
+            .collect();
+        assert_eq!(
+            ranges,
+            [
+                [7, 0, 0xa0, 8],
+                [0, 0x10_0000, 0x20, 8],
+                [9, 0x12_0000, 0xe0, 8],
+                [7, 0x20_0000, 0x3e00, 8],
+                [0, 0xe000_0000, 0x100, 8],
+                [7, 0x1_0000_0000, 0x600, 8],
+            ]
+        );
+    }
+}

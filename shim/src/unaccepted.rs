@@ -157,6 +157,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn what_is_taken_once_is_exactly_what_is_missing(
             low in 16u64..1536, high in 0u64..300, cuts in proptest::collection::vec((1u64..1536, 0u64..70), 0..20),

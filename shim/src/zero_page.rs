@@ -139,3 +139,31 @@ pub fn link_efi(
     .map(u32::to_le_bytes);
     put(page, AT_EFI_INFO, info.as_flattened()).ok_or(Reason::TablesFull)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_map_is_ascending_and_covers_all_ram() {
+        for (low, high) in [
+            (0x200_0000, 0),
+            (0xc000_0000, 0x1_0020_0000),
+            (0xc000_0000, 0x70_0000_0000),
+        ] {
+            let ram = Ram::new(low, high).unwrap();
+            let map = memory_map(&ram);
+            assert!(
+                map.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start),
+                "{map:x?}"
+            );
+            let usable: u64 = map
+                .iter()
+                .filter(|(_, kind)| *kind == Kind::Ram)
+                .map(|(r, _)| r.end - r.start)
+                .sum();
+            // The hole below 1 MiB and the MiB of the shim are not for the kernel.
+            assert_eq!(usable, ram.len() - 0x6_0000 - 0x10_0000);
+        }
+    }
+}
