@@ -14,6 +14,8 @@ pub struct Interest {
     pub read: bool,
     /// Writable, or in error.
     pub write: bool,
+    /// Closed by the other side. The kernel reports it whenever a descriptor is watched for anything.
+    pub hang_up: bool,
 }
 
 impl Interest {
@@ -21,6 +23,7 @@ impl Interest {
     pub const NONE: Self = Self {
         read: false,
         write: false,
+        hang_up: false,
     };
 
     fn events(self) -> EventSet {
@@ -51,6 +54,7 @@ impl Ready {
             let interest = Interest {
                 read: gone || set.contains(EventSet::IN),
                 write: gone || set.contains(EventSet::OUT),
+                hang_up: gone,
             };
             (event.data(), interest)
         })
@@ -122,7 +126,7 @@ mod tests {
         let (inner, outer) = (Poll::open().unwrap(), Poll::open().unwrap());
         let read = Interest {
             read: true,
-            write: false,
+            ..Interest::NONE
         };
         let (mut of_near, mut of_inner) = (Interest::NONE, Interest::NONE);
         inner.watch(near.as_fd(), 7, &mut of_near, read).unwrap();
@@ -140,5 +144,20 @@ mod tests {
             .watch(near.as_fd(), 7, &mut of_near, Interest::NONE)
             .unwrap();
         assert!(outer.ready().is_empty());
+    }
+
+    #[test]
+    fn a_hang_up_is_seen_by_who_waits_for_nothing_else() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let poll = Poll::open().unwrap();
+        let wanted = Interest {
+            hang_up: true,
+            ..Interest::NONE
+        };
+        poll.watch(near.as_fd(), 1, &mut { Interest::NONE }, wanted)
+            .unwrap();
+        assert!(poll.ready().is_empty());
+        drop(far);
+        assert!(poll.ready().iter().all(|(_, is)| is.hang_up) && !poll.ready().is_empty());
     }
 }

@@ -10,3 +10,4 @@ pub mod queue;
 pub mod rng;
 pub mod serve;
 pub mod transport;
+pub mod vsock;

@@ -64,6 +64,7 @@ impl Pair {
         let wanted = Interest {
             read: live && self.rx.is_some() && !self.rx_starved,
             write: live && (self.tx_waits || held.outgoing || held.incoming && !self.rx_starved),
+            hang_up: false,
         };
         if let Err(e) = poll.watch(self.link.fd(), index, &mut self.watched, wanted) {
             log::warn!("network link cannot be watched: {e}");
