@@ -70,12 +70,9 @@ impl Launch for SoftLaunch {
     }
 
     fn add_vcpu(&mut self, vcpu: &mut Vcpu, state: &BootState) -> Result<(), PlatformError> {
-        // An application processor waits for INIT, as on any PC.
-        if vcpu.index() != 0 {
-            return Ok(());
-        }
+        // An application processor waits for INIT, which keeps the MSRs that this sets.
         vcpu.set_state(state)
-            .map_err(|e| failed("setting the registers of vCPU 0".into(), e))
+            .map_err(|e| failed(format!("setting the registers of vCPU {}", vcpu.index()), e))
     }
 
     fn seal(self: Box<Self>) -> Result<Box<dyn Sealed>, PlatformError> {
