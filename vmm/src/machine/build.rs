@@ -12,8 +12,8 @@ use arch::mem::{SharedMem, Visibility, VisibilityMap};
 use arch::platform::{Foundation, Platform};
 use arch::x86::cpuid::CpuidTable;
 
-use super::MachineError;
 use crate::cpuid;
+use crate::ending::RunError;
 use crate::ram::{self, GuestRam, KvmBacking};
 
 /// A VM with memory, before anything is launched into it.
@@ -25,10 +25,6 @@ pub(super) struct Ground {
     pub(super) cpuid: CpuidTable,
 }
 
-pub(super) fn step(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
-    move |source| MachineError::Host { what, source }
-}
-
 impl Ground {
     /// Creates the VM and its RAM for `platform`.
     pub(super) fn lay(
@@ -36,22 +32,22 @@ impl Ground {
         platform: &dyn Platform,
         memory_bytes: u64,
         cpus: u32,
-    ) -> Result<Self, MachineError> {
-        let mut table = host.supported_cpuid().map_err(step("asking KVM for CPUID"))?;
+    ) -> Result<Self, RunError> {
+        let mut table = host.supported_cpuid().map_err(RunError::host("asking KVM for CPUID"))?;
         platform.adapt_cpuid(&mut table);
         let table = cpuid::machine_v1(table, cpus);
-        let vm = Vm::create(host, platform.vm_type()).map_err(step("creating the VM"))?;
+        let vm = Vm::create(host, platform.vm_type()).map_err(RunError::host("creating the VM"))?;
         let vm = Arc::new(vm);
-        let ranges = ram::ranges(memory_bytes).map_err(|e| step("placing RAM")(io::Error::other(e)))?;
-        let host_ram = HostRam::allocate(&ranges).map_err(step("reserving guest RAM"))?;
+        let ranges = ram::ranges(memory_bytes).map_err(|e| RunError::host("placing RAM")(io::Error::other(e)))?;
+        let host_ram = HostRam::allocate(&ranges).map_err(RunError::host("reserving guest RAM"))?;
         let private = platform.private_memory();
         let gmem = if private {
-            Some(Gmem::new(&vm, memory_bytes).map_err(step("creating guest_memfd"))?)
+            Some(Gmem::new(&vm, memory_bytes).map_err(RunError::host("creating guest_memfd"))?)
         } else {
             None
         };
         let backing =
-            KvmBacking::new(Arc::clone(&vm), host_ram.clone(), gmem).map_err(step("mapping guest RAM"))?;
+            KvmBacking::new(Arc::clone(&vm), host_ram.clone(), gmem).map_err(RunError::host("mapping guest RAM"))?;
         let initial = if private {
             Visibility::Private
         } else {
@@ -60,7 +56,7 @@ impl Ground {
         if private {
             for range in &ranges {
                 vm.set_visibility(*range, initial)
-                    .map_err(step("making guest RAM private"))?;
+                    .map_err(RunError::host("making guest RAM private"))?;
             }
         }
         let visible = Arc::new(VisibilityMap::new(&ranges, initial));
@@ -85,7 +81,7 @@ impl Ground {
     }
 
     /// Creates all vCPUs, each with its CPUID. Only after the platform has begun its launch.
-    pub(super) fn vcpus(&self, cpus: u32) -> Result<Vec<Vcpu>, MachineError> {
+    pub(super) fn vcpus(&self, cpus: u32) -> Result<Vec<Vcpu>, RunError> {
         (0..cpus)
             .map(|index| {
                 let vcpu = self.vm.create_vcpu(index)?;
@@ -93,6 +89,6 @@ impl Ground {
                 Ok(vcpu)
             })
             .collect::<io::Result<_>>()
-            .map_err(step("creating vCPUs"))
+            .map_err(RunError::host("creating vCPUs"))
     }
 }

@@ -3,60 +3,55 @@
 //! A reboot is a new VM from the same specification: no platform can return a VM to its state before launch.
 
 mod build;
+mod devices;
 mod inbox;
-pub mod run;
+mod run;
 mod threads;
+mod wires;
 
-use std::io;
+use std::path::Path;
 
-use arch::platform::PlatformError;
+use arch::kvm::system::Host;
+use shim::config::Blob;
 
-use crate::plan::PlanError;
-use crate::vcpu::VcpuError;
+use crate::ending::{Ending, RunError};
+use crate::events::{Event, Events};
+use crate::plan::{self, Payload};
+use crate::signals::Signals;
+use crate::spec::file::InputFile;
+use crate::spec::{MachineSpec, payload};
+use run::World;
 
-/// Why a machine could not be built or go on. Nothing in here is a guest's doing.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// The host refused something.
-    #[error("{what}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// The host's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// The launch plan cannot be built.
-    #[error("building the launch plan")]
-    Plan(#[from] PlanError),
-    /// The platform refused a step of the launch.
-    #[error(transparent)]
-    Platform(#[from] PlatformError),
-    /// A vCPU cannot go on.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
+/// Runs a machine until its guest powers off, ends itself or crashes, or a signal ends it. Reboots happen inside.
+///
+/// # Errors
+/// The host or the platform cannot go on; nothing of the machine is left then.
+pub fn run(spec: MachineSpec, events: &Events, mut signals: Signals) -> Result<Ending, RunError> {
+    let parts = spec.into_parts();
+    let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
+    let payload = measured(&parts.payload)?;
+    let console = parts.devices.console.terminal_path().map(|path| path.display().to_string());
+    let platform = parts.platform.name();
+    events.emit(&Event::Started { pid: std::process::id(), platform, console });
+    loop {
+        let mut world = World { host: &host, parts: &parts, payload: &payload, events, signals: &mut signals };
+        match run::live(&mut world)? {
+            Ending::Reboot => events.emit(&Event::GuestReboot),
+            ending => return Ok(ending),
+        }
+    }
 }
 
-/// Interim: what a machine is made of.
-#[derive(Debug)]
-pub struct Parts {
-    /// Platform.
-    pub kind: crate::platform::Kind,
-    /// Kernel.
-    pub kernel: std::fs::File,
-    /// Initrd.
-    pub initrd: Option<std::fs::File>,
-    /// Payload.
-    pub payload: crate::plan::Payload,
-    /// Memory.
-    pub memory_bytes: u64,
-    /// vCPUs.
-    pub cpus: u32,
-}
-
-/// Interim.
-pub fn run(parts: &Parts, line: Box<dyn devices::serial::SerialLine>) -> Result<run::Outcome, MachineError> {
-    let host = arch::kvm::system::Host::open(std::path::Path::new("/dev/kvm"))
-        .map_err(build::step("opening /dev/kvm"))?;
-    run::live(&host, parts, line)
+/// The payload as the measured parameters name it.
+fn measured(files: &payload::Payload) -> Result<Payload, RunError> {
+    const NO_FILE: Blob = Blob { len: 0, sha256: [0; 32] };
+    let hash = |input: &InputFile| {
+        let doing = format!("reading {}", input.path.display());
+        plan::blob(&input.file).map_err(RunError::host(doing))
+    };
+    Ok(Payload {
+        kernel: hash(&files.kernel)?,
+        initrd: files.initrd.as_ref().map_or(Ok(NO_FILE), hash)?,
+        cmdline: files.cmdline.clone(),
+    })
 }

@@ -1,124 +1,128 @@
 //! One life of a machine: from launch to power-off, reboot or failure.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use arch::kvm::system::Host;
-use devices::bus::Bus;
-use devices::power::{self, PowerEvent, PowerPorts};
-use devices::serial::{self, Serial, SerialLine};
+use devices::power::PowerEvent;
 use shim::reason::Reason;
 
-use super::build::{Ground, step};
+use super::build::Ground;
+use super::devices::Periphery;
 use super::inbox::{Inbox, Note};
 use super::threads::VcpuThreads;
-use super::{MachineError, Parts};
+use crate::ending::{Ending, RunError};
 use crate::event_loop::EventLoop;
-use crate::plan;
+use crate::events::{Event, Events};
+use crate::plan::{self, Payload};
 use crate::platform;
+use crate::signals::{Ask, Signals};
+use crate::spec::Parts;
 use crate::staging::{Content, Staging};
 use crate::vcpu::{Services, VcpuEnd};
 
-/// How one life of a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The guest powered off.
-    Off,
-    /// The guest wants to start anew.
-    Reboot,
-    /// The guest triple-faulted.
-    Crashed,
-    /// The guest, or the shim in it, refused to go on; the reason in words.
-    Terminated(String),
+/// What outlives one life of the machine.
+pub(super) struct World<'a> {
+    pub(super) host: &'a Host,
+    pub(super) parts: &'a Parts,
+    pub(super) payload: &'a Payload,
+    pub(super) events: &'a Events,
+    pub(super) signals: &'a mut Signals,
 }
 
 /// Launches the machine, runs it, and takes it down.
-pub(super) fn live(host: &Host, parts: &Parts, line: Box<dyn SerialLine>) -> Result<Outcome, MachineError> {
-    let platform = platform::open(parts.kind);
-    let ground = Ground::lay(host, platform.as_ref(), parts.memory_bytes, parts.cpus)?;
+pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
+    let parts = world.parts;
+    let platform = platform::open(&parts.platform)?;
+    let ground = Ground::lay(world.host, platform.as_ref(), parts.memory_bytes, parts.cpus)?;
     let launch = platform.begin(ground.foundation())?;
-    let content = Content {
-        kernel: parts
-            .kernel
-            .try_clone()
-            .map_err(step("opening the kernel again"))?,
-        initrd: parts
-            .initrd
-            .as_ref()
-            .map(|f| f.try_clone())
-            .transpose()
-            .map_err(step("opening the initrd again"))?,
-        vcpus: parts.cpus,
-        ram: crate::ram::ranges(parts.memory_bytes).map_err(|e| step("placing RAM")(io::Error::other(e)))?,
-    };
-    let staging =
-        Staging::place(Arc::clone(&ground.vm), content).map_err(step("staging kernel and initrd"))?;
     let mut vcpus = ground.vcpus(parts.cpus)?;
-    let mut plan = plan::machine_v1(platform::mode(parts.kind), &parts.payload, parts.cpus)?;
-    if !crate::cpuid::has_gib_pages(&ground.cpuid) {
-        plan::without_gib_pages(&mut plan).map_err(|e| step("placing page tables")(io::Error::other(e)))?;
-    }
+    let mut plan = plan::machine_v1(platform::mode(&parts.platform), world.payload, parts.cpus)
+        .map_err(|e| RunError::Internal(e.to_string()))?;
+    platform.adapt_plan(&mut plan, &ground.cpuid);
     let sealed = plan.apply(launch, &mut vcpus)?;
+    let staging = stage(world, &ground)?;
 
-    let inbox = Inbox::new().map_err(step("making the main thread's inbox"))?;
-    let mut ports = Bus::default();
-    let to_main = inbox.address().map_err(step("making the main thread's inbox"))?;
-    let power = PowerPorts::new(Box::new(move |event| to_main.send(Note::Power(event))));
-    let conflict = |e| step("placing devices")(io::Error::other(e));
-    ports
-        .attach(power::PORT, power::PORTS, Box::new(power))
-        .map_err(conflict)?;
-    ports
-        .attach(serial::PORT, serial::PORTS, Box::new(Serial::new(line)))
-        .map_err(conflict)?;
-    let services = Services {
-        ports,
-        mmio: Bus::default(),
-        ram: Arc::clone(&ground.ram),
-        platform: sealed,
-    };
-
-    let mut event_loop = EventLoop::new().map_err(step("making the event loop"))?;
-    event_loop
-        .add(inbox.fd(), Box::new(|_| ()))
-        .map_err(step("making the event loop"))?;
-    let addresses = (0..parts.cpus)
-        .map(|_| inbox.address())
-        .collect::<io::Result<_>>();
-    let addresses = addresses.map_err(step("making the main thread's inbox"))?;
-    let _threads =
-        VcpuThreads::start(vcpus, Arc::new(services), addresses).map_err(step("starting vCPU threads"))?;
-    attend(&mut event_loop, &inbox, &Mutex::new(staging))
-}
-
-/// Serves events until the machine ends.
-fn attend(
-    event_loop: &mut EventLoop,
-    inbox: &Inbox,
-    staging: &Mutex<Staging>,
-) -> Result<Outcome, MachineError> {
+    let inbox = Inbox::new().map_err(RunError::host("making the main thread's inbox"))?;
+    let mut event_loop = EventLoop::new().map_err(RunError::host("making the event loop"))?;
+    let periphery = Periphery::fit(&parts.devices, &ground.vm, &ground.ram, &inbox, &mut event_loop)?;
+    let Periphery { ports, mmio, button } = periphery;
+    for fd in [inbox.fd(), world.signals.as_fd().as_raw_fd()] {
+        // Both are read after every turn; waking up is all that the handler has to do.
+        event_loop.add(fd, Box::new(|_| ())).map_err(RunError::host("watching for signals"))?;
+    }
+    let services = Services { ports, mmio, ram: Arc::clone(&ground.ram), platform: sealed };
+    let addresses = (0..parts.cpus).map(|_| inbox.address()).collect::<io::Result<_>>();
+    let addresses = addresses.map_err(RunError::host("making the main thread's inbox"))?;
+    let threads = VcpuThreads::start(vcpus, Arc::new(services), addresses)
+        .map_err(RunError::host("starting vCPU threads"))?;
+    world.events.emit(&Event::Running { vcpu_threads: threads.ids() });
+    world.events.ready();
+    let mut desk = Desk { inbox: &inbox, staging, events: world.events };
     loop {
-        event_loop.turn(-1).map_err(step("waiting for events"))?;
-        while let Some(note) = inbox.take() {
-            match note {
-                Note::Power(PowerEvent::Off) => return Ok(Outcome::Off),
-                Note::Power(PowerEvent::Reboot) => return Ok(Outcome::Reboot),
-                Note::Power(PowerEvent::ShimTerminated(code)) => {
-                    return Ok(Outcome::Terminated(shim_words(code)));
+        event_loop.turn(-1).map_err(RunError::host("waiting for events"))?;
+        while let Some(ask) = world.signals.take().map_err(RunError::host("reading signals"))? {
+            match ask {
+                Ask::PowerOff(signal) => {
+                    world.events.emit(&Event::Stopping { signal });
+                    button.press();
                 }
-                Note::Power(PowerEvent::ReleaseStaging) => {
-                    if let Ok(mut staging) = staging.lock() {
-                        staging.release().map_err(step("releasing the staging area"))?;
-                    }
-                }
-                Note::VcpuEnded(VcpuEnd::Stopped) | Note::DeviceBroken(..) => {}
-                Note::VcpuEnded(VcpuEnd::Crashed) => return Ok(Outcome::Crashed),
-                Note::VcpuEnded(VcpuEnd::Terminated(why)) => return Ok(Outcome::Terminated(why)),
-                Note::VcpuEnded(VcpuEnd::Failed(e)) => return Err(e.into()),
+                Ask::End(signal) => return Ok(Ending::Forced(signal)),
             }
+        }
+        if let Some(ending) = desk.clear()? {
+            return Ok(ending);
         }
     }
 }
+
+fn stage(world: &World<'_>, ground: &Ground) -> Result<Staging, RunError> {
+    let payload = &world.parts.payload;
+    let again = |file: &crate::spec::file::InputFile| file.file.try_clone();
+    let content = Content {
+        kernel: again(&payload.kernel).map_err(RunError::host("opening the kernel again"))?,
+        initrd: payload.initrd.as_ref().map(again).transpose().map_err(RunError::host("opening the initrd again"))?,
+        vcpus: world.parts.cpus,
+        ram: ground.ram.ranges().to_vec(),
+    };
+    Staging::place(Arc::clone(&ground.vm), content).map_err(RunError::host("staging kernel and initrd"))
+}
+
+/// Where the main thread works through its notes.
+struct Desk<'a> {
+    inbox: &'a Inbox,
+    staging: Staging,
+    events: &'a Events,
+}
+
+impl Desk<'_> {
+    /// Serves all notes; the ending, once there is one.
+    fn clear(&mut self) -> Result<Option<Ending>, RunError> {
+        while let Some(note) = self.inbox.take() {
+            match note {
+                Note::Power(PowerEvent::Off) => return Ok(Some(Ending::PowerOff)),
+                Note::Power(PowerEvent::Reboot) => return Ok(Some(Ending::Reboot)),
+                Note::Power(PowerEvent::ShimTerminated(code)) => return Ok(Some(Ending::Terminated(shim_words(code)))),
+                Note::Power(PowerEvent::ReleaseStaging) => {
+                    self.staging.release().map_err(RunError::host("releasing the staging area"))?;
+                }
+                Note::DeviceBroken { device, reason } => self.events.emit(&Event::DeviceBroken { device, reason }),
+                Note::Quit => return Ok(Some(Ending::Forced(SIGINT))),
+                Note::VcpuEnded(VcpuEnd::Stopped) => {}
+                Note::VcpuEnded(VcpuEnd::Crashed) => return Ok(Some(Ending::Crashed("triple fault".into()))),
+                Note::VcpuEnded(VcpuEnd::Terminated(why)) => return Ok(Some(Ending::Terminated(why))),
+                Note::VcpuEnded(VcpuEnd::Failed(e)) => {
+                    return Err(RunError::Host { doing: "running the guest".into(), source: io::Error::other(e) });
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// What Ctrl-A x on the console counts as.
+const SIGINT: u32 = 2;
 
 /// The shim's reason in words.
 fn shim_words(code: u32) -> String {

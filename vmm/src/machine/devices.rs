@@ -1,0 +1,157 @@
+//! The devices of a machine, put on its buses and into its event loop.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+
+use arch::kvm::vm::Vm;
+use devices::bus::{Bus, BusDevice};
+use devices::console::{Console, ConsoleRequest};
+use devices::pci::root::PciRoot;
+use devices::power::{self, PowerPorts};
+use devices::serial::{self, Serial};
+use devices::virtio::block::Block;
+use devices::virtio::console::VirtioConsole;
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::input::{PowerButton, PowerButtonDevice};
+use devices::virtio::net::{Backend, MacAddress, Net};
+use devices::virtio::rng::Rng;
+use devices::virtio::transport::{VirtioPci, Wires};
+use shim::layout;
+
+use super::inbox::{Inbox, Note};
+use super::wires::{KvmWires, ToMain};
+use crate::ending::RunError;
+use crate::event_loop::EventLoop;
+use crate::ram::GuestRam;
+use crate::spec::net::{NetBackend, NetSpec};
+use crate::spec::{DeviceSpecs, VsockSpec};
+
+/// Everything outside the vCPUs.
+#[derive(Debug)]
+pub(super) struct Periphery {
+    pub(super) ports: Bus,
+    pub(super) mmio: Bus,
+    pub(super) button: PowerButton,
+}
+
+/// Puts devices in place, one after another; PCI slots are given out in that order.
+struct Fitter<'a> {
+    root: PciRoot,
+    mmio: Bus,
+    wires: Wires,
+    events: &'a mut EventLoop,
+}
+
+impl Fitter<'_> {
+    fn attach(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), RunError> {
+        let placing = || RunError::host(format!("attaching {name}"));
+        let device = VirtioPci::attach(name, device, &self.wires, &mut self.root, &mut self.mmio)
+            .map_err(|e| placing()(io::Error::other(e)))?;
+        let served = device.clone();
+        self.events
+            .add_many(Box::new(move |source| served.on_event(source)), |epoll, token| {
+                device.watch(epoll, token)
+            })
+            .map_err(placing())
+    }
+}
+
+impl Periphery {
+    /// Makes all devices of `specs` for a VM. The specs stay usable for the machine's next life.
+    pub(super) fn fit(
+        specs: &DeviceSpecs,
+        vm: &Arc<Vm>,
+        ram: &GuestRam,
+        inbox: &Inbox,
+        events: &mut EventLoop,
+    ) -> Result<Self, RunError> {
+        let kvm = Arc::new(KvmWires(Arc::clone(vm)));
+        let observer = inbox.address().map_err(RunError::host("making the main thread's inbox"))?;
+        let wires = Wires {
+            mem: ram.shared().clone(),
+            interrupts: kvm.clone(),
+            kicks: kvm,
+            observer: Arc::new(ToMain(Mutex::new(observer))),
+        };
+        let mut fitter = Fitter { root: PciRoot::default(), mmio: Bus::default(), wires, events };
+        for (index, disk) in specs.disks.iter().enumerate() {
+            let file = disk.file.try_clone();
+            let opened = file.and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index)));
+            let doing = format!("opening disk {}", disk.path.display());
+            fitter.attach(&format!("disk{index}"), Box::new(opened.map_err(RunError::host(doing))?))?;
+        }
+        for (index, net) in specs.nets.iter().enumerate() {
+            let doing = format!("opening network card {}", net.name());
+            let opened = open_net(net).map_err(RunError::host(doing))?;
+            fitter.attach(&format!("net{index}"), Box::new(opened))?;
+        }
+        if let Some(vsock) = &specs.vsock {
+            fitter.attach("vsock", open_vsock(vsock).map_err(RunError::host("opening vsock"))?)?;
+        }
+        if specs.rng {
+            let rng = Rng::new().map_err(RunError::host("opening the random number device"))?;
+            fitter.attach("rng", Box::new(rng))?;
+        }
+        fitter.attach("console", Box::new(VirtioConsole::new(specs.console.clone())))?;
+        let button = PowerButtonDevice::new().map_err(RunError::host("opening the power button"))?;
+        let (device, button) = button;
+        fitter.attach("power button", Box::new(device))?;
+        let Fitter { root, mut mmio, events, .. } = fitter;
+        place(&mut mmio, layout::ECAM, layout::ECAM_LEN, Box::new(root))?;
+        watch_console(&specs.console, inbox, events)?;
+        Ok(Self { ports: ports(&specs.console, inbox)?, mmio, button })
+    }
+}
+
+fn place(bus: &mut Bus, base: u64, len: u64, device: Box<dyn BusDevice>) -> Result<(), RunError> {
+    bus.attach(base, len, device)
+        .map_err(|e| RunError::Internal(e.to_string()))
+}
+
+fn ports(console: &Console, inbox: &Inbox) -> Result<Bus, RunError> {
+    let to_main = inbox.address().map_err(RunError::host("making the main thread's inbox"))?;
+    let power = PowerPorts::new(Box::new(move |event| to_main.send(Note::Power(event))));
+    let mut ports = Bus::default();
+    place(&mut ports, power::PORT, power::PORTS, Box::new(power))?;
+    let uart = Serial::new(Box::new(console.clone()));
+    place(&mut ports, serial::PORT, serial::PORTS, Box::new(uart))?;
+    Ok(ports)
+}
+
+fn watch_console(console: &Console, inbox: &Inbox, events: &mut EventLoop) -> Result<(), RunError> {
+    let watching = || RunError::host("watching the console");
+    let to_main = inbox.address().map_err(watching())?;
+    let served = console.clone();
+    let handler = move |_| {
+        if let Some(ConsoleRequest::Quit) = served.service() {
+            to_main.send(Note::Quit);
+        }
+    };
+    events
+        .add(console.descriptor().as_raw_fd(), Box::new(handler))
+        .map_err(watching())
+}
+
+/// What the guest reads as the disk's serial number: stable, and tells disks apart.
+fn serial_number(index: usize) -> [u8; 20] {
+    let mut id = [0; 20];
+    for (to, from) in id.iter_mut().zip(format!("cvmm-disk{index}").bytes()) {
+        *to = from;
+    }
+    id
+}
+
+fn open_net(net: &NetSpec) -> io::Result<Net> {
+    let backend = match &net.backend {
+        NetBackend::Tap { name, .. } => Backend::Tap(name.clone()),
+        NetBackend::TapFd(fd) => Backend::TapFds(vec![fd.try_clone()?]),
+        NetBackend::Passt(stream) => Backend::Connected(stream.try_clone()?),
+    };
+    Net::open(backend, MacAddress::from(net.mac), net.pairs).map_err(io::Error::other)
+}
+
+fn open_vsock(vsock: &VsockSpec) -> io::Result<Box<dyn VirtioDevice>> {
+    let listener = vsock.listener.socket.try_clone()?;
+    Ok(Box::new(devices::virtio::vsock::Vsock::new(vsock.cid, listener, vsock.listener.path())?))
+}
