@@ -15,6 +15,9 @@ use shim::layout;
 /// The shim of machine v1; its bytes are the measurement. `scripts/shim --check` rebuilds and compares them.
 pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
 
+/// [`layout::PAGE`] as a length in memory.
+const PAGE_LEN: usize = 4096;
+
 /// How the shim is entered; decides about the C-bit and the pages only one platform has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -55,7 +58,7 @@ pub enum PlanError {
 ///
 /// # Errors
 /// Reading fails.
-pub fn blob(file: &mut File) -> io::Result<Blob> {
+pub fn blob(mut file: &File) -> io::Result<Blob> {
     file.rewind()?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 18];
@@ -92,7 +95,7 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
         cmdline: payload.cmdline.as_bytes(),
     };
     let mut text = SHIM_V1.to_vec();
-    text.resize(SHIM_V1.len().next_multiple_of(layout::PAGE as usize), 0);
+    text.resize(SHIM_V1.len().next_multiple_of(PAGE_LEN), 0);
     let mut pages = vec![
         page("shim", layout::TEXT, PageKind::Measured, text)?,
         page(

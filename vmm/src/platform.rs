@@ -8,17 +8,36 @@ use arch::x86::cpuid::CpuidTable;
 use arch::x86::regs::BootState;
 use vm_memory::{Bytes, GuestAddress};
 
-/// Platform as named on the command line, once `auto` is decided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The same machine and launch without hardware protection.
-    Soft,
-}
+use crate::ending::RunError;
+use crate::plan::Mode;
+use crate::spec::PlatformSpec;
 
 /// Opens the platform.
-pub fn open(kind: Kind) -> Box<dyn Platform> {
-    match kind {
-        Kind::Soft => Box::new(Soft),
+///
+/// # Errors
+/// The host lacks something that the platform needs.
+pub fn open(spec: &PlatformSpec) -> Result<Box<dyn Platform>, RunError> {
+    match spec {
+        PlatformSpec::Soft => Ok(Box::new(Soft)),
+        PlatformSpec::Snp(_) => Err(RunError::Internal("snp".into())),
+    }
+}
+
+/// How the shim is entered on a platform.
+pub fn mode(spec: &PlatformSpec) -> Mode {
+    match spec {
+        PlatformSpec::Soft => Mode::Soft,
+        PlatformSpec::Snp(_) => Mode::Snp,
+    }
+}
+
+impl PlatformSpec {
+    /// Name as on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Soft => "soft",
+            Self::Snp(_) => "snp",
+        }
     }
 }
 
@@ -89,12 +108,5 @@ impl Sealed for SoftSealed {
             format!("serving exit {}", exit.reason),
             "an ordinary VM has no such exit",
         ))
-    }
-}
-
-/// How the shim is entered on a platform.
-pub fn mode(kind: Kind) -> crate::plan::Mode {
-    match kind {
-        Kind::Soft => crate::plan::Mode::Soft,
     }
 }

@@ -90,6 +90,11 @@ impl GuestRam {
         &self.shared
     }
 
+    /// Where RAM is.
+    pub fn ranges(&self) -> &[PageRange] {
+        self.visible.ram()
+    }
+
     /// Sizes of both sides now.
     pub fn gauges(&self) -> RamGauges {
         let all: u64 = self.visible.ram().iter().map(|r| r.bytes()).sum();

@@ -33,12 +33,15 @@ impl Ground {
         memory_bytes: u64,
         cpus: u32,
     ) -> Result<Self, RunError> {
-        let mut table = host.supported_cpuid().map_err(RunError::host("asking KVM for CPUID"))?;
+        let mut table = host
+            .supported_cpuid()
+            .map_err(RunError::host("asking KVM for CPUID"))?;
         platform.adapt_cpuid(&mut table);
         let table = cpuid::machine_v1(table, cpus);
         let vm = Vm::create(host, platform.vm_type()).map_err(RunError::host("creating the VM"))?;
         let vm = Arc::new(vm);
-        let ranges = ram::ranges(memory_bytes).map_err(|e| RunError::host("placing RAM")(io::Error::other(e)))?;
+        let ranges =
+            ram::ranges(memory_bytes).map_err(|e| RunError::host("placing RAM")(io::Error::other(e)))?;
         let host_ram = HostRam::allocate(&ranges).map_err(RunError::host("reserving guest RAM"))?;
         let private = platform.private_memory();
         let gmem = if private {
@@ -46,8 +49,8 @@ impl Ground {
         } else {
             None
         };
-        let backing =
-            KvmBacking::new(Arc::clone(&vm), host_ram.clone(), gmem).map_err(RunError::host("mapping guest RAM"))?;
+        let backing = KvmBacking::new(Arc::clone(&vm), host_ram.clone(), gmem)
+            .map_err(RunError::host("mapping guest RAM"))?;
         let initial = if private {
             Visibility::Private
         } else {

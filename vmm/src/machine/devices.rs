@@ -13,9 +13,9 @@ use devices::serial::{self, Serial};
 use devices::virtio::block::Block;
 use devices::virtio::console::VirtioConsole;
 use devices::virtio::device::VirtioDevice;
-use devices::virtio::input::{PowerButton, PowerButtonDevice};
+use devices::virtio::input::{PowerButton, VirtioPowerButton};
 use devices::virtio::net::{Backend, MacAddress, Net};
-use devices::virtio::rng::Rng;
+use devices::virtio::rng::VirtioRng;
 use devices::virtio::transport::{VirtioPci, Wires};
 use shim::layout;
 
@@ -67,19 +67,30 @@ impl Periphery {
         events: &mut EventLoop,
     ) -> Result<Self, RunError> {
         let kvm = Arc::new(KvmWires(Arc::clone(vm)));
-        let observer = inbox.address().map_err(RunError::host("making the main thread's inbox"))?;
+        let observer = inbox
+            .address()
+            .map_err(RunError::host("making the main thread's inbox"))?;
         let wires = Wires {
             mem: ram.shared().clone(),
             interrupts: kvm.clone(),
             kicks: kvm,
             observer: Arc::new(ToMain(Mutex::new(observer))),
         };
-        let mut fitter = Fitter { root: PciRoot::default(), mmio: Bus::default(), wires, events };
+        let mut fitter = Fitter {
+            root: PciRoot::default(),
+            mmio: Bus::default(),
+            wires,
+            events,
+        };
         for (index, disk) in specs.disks.iter().enumerate() {
             let file = disk.file.try_clone();
-            let opened = file.and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index)));
+            let opened =
+                file.and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index)));
             let doing = format!("opening disk {}", disk.path.display());
-            fitter.attach(&format!("disk{index}"), Box::new(opened.map_err(RunError::host(doing))?))?;
+            fitter.attach(
+                &format!("disk{index}"),
+                Box::new(opened.map_err(RunError::host(doing))?),
+            )?;
         }
         for (index, net) in specs.nets.iter().enumerate() {
             let doing = format!("opening network card {}", net.name());
@@ -87,20 +98,32 @@ impl Periphery {
             fitter.attach(&format!("net{index}"), Box::new(opened))?;
         }
         if let Some(vsock) = &specs.vsock {
-            fitter.attach("vsock", open_vsock(vsock).map_err(RunError::host("opening vsock"))?)?;
+            fitter.attach(
+                "vsock",
+                open_vsock(vsock).map_err(RunError::host("opening vsock"))?,
+            )?;
         }
         if specs.rng {
-            let rng = Rng::new().map_err(RunError::host("opening the random number device"))?;
+            let rng = VirtioRng::new().map_err(RunError::host("opening the random number device"))?;
             fitter.attach("rng", Box::new(rng))?;
         }
         fitter.attach("console", Box::new(VirtioConsole::new(specs.console.clone())))?;
-        let button = PowerButtonDevice::new().map_err(RunError::host("opening the power button"))?;
+        let button = VirtioPowerButton::new().map_err(RunError::host("opening the power button"))?;
         let (device, button) = button;
         fitter.attach("power button", Box::new(device))?;
-        let Fitter { root, mut mmio, events, .. } = fitter;
+        let Fitter {
+            root,
+            mut mmio,
+            events,
+            ..
+        } = fitter;
         place(&mut mmio, layout::ECAM, layout::ECAM_LEN, Box::new(root))?;
         watch_console(&specs.console, inbox, events)?;
-        Ok(Self { ports: ports(&specs.console, inbox)?, mmio, button })
+        Ok(Self {
+            ports: ports(&specs.console, inbox)?,
+            mmio,
+            button,
+        })
     }
 }
 
@@ -110,7 +133,9 @@ fn place(bus: &mut Bus, base: u64, len: u64, device: Box<dyn BusDevice>) -> Resu
 }
 
 fn ports(console: &Console, inbox: &Inbox) -> Result<Bus, RunError> {
-    let to_main = inbox.address().map_err(RunError::host("making the main thread's inbox"))?;
+    let to_main = inbox
+        .address()
+        .map_err(RunError::host("making the main thread's inbox"))?;
     let power = PowerPorts::new(Box::new(move |event| to_main.send(Note::Power(event))));
     let mut ports = Bus::default();
     place(&mut ports, power::PORT, power::PORTS, Box::new(power))?;
@@ -151,7 +176,6 @@ fn open_net(net: &NetSpec) -> io::Result<Net> {
     Net::open(backend, MacAddress::from(net.mac), net.pairs).map_err(io::Error::other)
 }
 
-fn open_vsock(vsock: &VsockSpec) -> io::Result<Box<dyn VirtioDevice>> {
-    let listener = vsock.listener.socket.try_clone()?;
-    Ok(Box::new(devices::virtio::vsock::Vsock::new(vsock.cid, listener, vsock.listener.path())?))
+fn open_vsock(_: &VsockSpec) -> io::Result<Box<dyn VirtioDevice>> {
+    Err(io::Error::other("not yet"))
 }

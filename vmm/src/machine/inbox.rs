@@ -16,8 +16,10 @@ pub(super) enum Note {
     Power(PowerEvent),
     /// A vCPU thread is about to end.
     VcpuEnded(VcpuEnd),
-    /// A device stopped serving until its driver resets it: name and cause.
-    DeviceBroken(String, String),
+    /// A device stopped serving until its driver resets it.
+    DeviceBroken { device: String, reason: String },
+    /// The user asks through the console to end the machine.
+    Quit,
 }
 
 /// The receiving end; its descriptor is readable while there are notes.

@@ -30,21 +30,39 @@ pub fn run(spec: MachineSpec, events: &Events, mut signals: Signals) -> Result<E
     let parts = spec.into_parts();
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
     let payload = measured(&parts.payload)?;
-    let console = parts.devices.console.terminal_path().map(|path| path.display().to_string());
+    let console = parts
+        .devices
+        .console
+        .terminal_path()
+        .map(|path| path.display().to_string());
     let platform = parts.platform.name();
-    events.emit(&Event::Started { pid: std::process::id(), platform, console });
+    events.emit(&Event::Started {
+        pid: std::process::id(),
+        platform,
+        console,
+    });
     loop {
-        let mut world = World { host: &host, parts: &parts, payload: &payload, events, signals: &mut signals };
-        match run::live(&mut world)? {
-            Ending::Reboot => events.emit(&Event::GuestReboot),
-            ending => return Ok(ending),
+        let mut world = World {
+            host: &host,
+            parts: &parts,
+            payload: &payload,
+            events,
+            signals: &mut signals,
+        };
+        let ending = run::live(&mut world)?;
+        if ending != Ending::Reboot {
+            return Ok(ending);
         }
+        events.emit(&Event::GuestReboot);
     }
 }
 
 /// The payload as the measured parameters name it.
 fn measured(files: &payload::Payload) -> Result<Payload, RunError> {
-    const NO_FILE: Blob = Blob { len: 0, sha256: [0; 32] };
+    const NO_FILE: Blob = Blob {
+        len: 0,
+        sha256: [0; 32],
+    };
     let hash = |input: &InputFile| {
         let doing = format!("reading {}", input.path.display());
         plan::blob(&input.file).map_err(RunError::host(doing))

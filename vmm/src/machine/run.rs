@@ -12,13 +12,14 @@ use super::build::Ground;
 use super::devices::Periphery;
 use super::inbox::{Inbox, Note};
 use super::threads::VcpuThreads;
+use crate::cpuid;
 use crate::ending::{Ending, RunError};
 use crate::event_loop::EventLoop;
 use crate::events::{Event, Events};
 use crate::plan::{self, Payload};
 use crate::platform;
 use crate::signals::{Ask, Signals};
-use crate::spec::Parts;
+use crate::spec::{Parts, PlatformSpec};
 use crate::staging::{Content, Staging};
 use crate::vcpu::{Services, VcpuEnd};
 
@@ -40,7 +41,9 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
     let mut vcpus = ground.vcpus(parts.cpus)?;
     let mut plan = plan::machine_v1(platform::mode(&parts.platform), world.payload, parts.cpus)
         .map_err(|e| RunError::Internal(e.to_string()))?;
-    platform.adapt_plan(&mut plan, &ground.cpuid);
+    if matches!(parts.platform, PlatformSpec::Soft) && !cpuid::has_gib_pages(&ground.cpuid) {
+        plan::without_gib_pages(&mut plan).map_err(|e| RunError::Internal(e.to_string()))?;
+    }
     let sealed = plan.apply(launch, &mut vcpus)?;
     let staging = stage(world, &ground)?;
 
@@ -50,18 +53,35 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
     let Periphery { ports, mmio, button } = periphery;
     for fd in [inbox.fd(), world.signals.as_fd().as_raw_fd()] {
         // Both are read after every turn; waking up is all that the handler has to do.
-        event_loop.add(fd, Box::new(|_| ())).map_err(RunError::host("watching for signals"))?;
+        event_loop
+            .add(fd, Box::new(|_| ()))
+            .map_err(RunError::host("watching for signals"))?;
     }
-    let services = Services { ports, mmio, ram: Arc::clone(&ground.ram), platform: sealed };
-    let addresses = (0..parts.cpus).map(|_| inbox.address()).collect::<io::Result<_>>();
+    let services = Services {
+        ports,
+        mmio,
+        ram: Arc::clone(&ground.ram),
+        platform: sealed,
+    };
+    let addresses = (0..parts.cpus)
+        .map(|_| inbox.address())
+        .collect::<io::Result<_>>();
     let addresses = addresses.map_err(RunError::host("making the main thread's inbox"))?;
-    let threads = VcpuThreads::start(vcpus, Arc::new(services), addresses)
+    let threads = VcpuThreads::start(vcpus, &Arc::new(services), addresses)
         .map_err(RunError::host("starting vCPU threads"))?;
-    world.events.emit(&Event::Running { vcpu_threads: threads.ids() });
+    world.events.emit(&Event::Running {
+        vcpu_threads: threads.ids(),
+    });
     world.events.ready();
-    let mut desk = Desk { inbox: &inbox, staging, events: world.events };
+    let mut desk = Desk {
+        inbox: &inbox,
+        staging,
+        events: world.events,
+    };
     loop {
-        event_loop.turn(-1).map_err(RunError::host("waiting for events"))?;
+        event_loop
+            .turn(-1)
+            .map_err(RunError::host("waiting for events"))?;
         while let Some(ask) = world.signals.take().map_err(RunError::host("reading signals"))? {
             match ask {
                 Ask::PowerOff(signal) => {
@@ -82,7 +102,12 @@ fn stage(world: &World<'_>, ground: &Ground) -> Result<Staging, RunError> {
     let again = |file: &crate::spec::file::InputFile| file.file.try_clone();
     let content = Content {
         kernel: again(&payload.kernel).map_err(RunError::host("opening the kernel again"))?,
-        initrd: payload.initrd.as_ref().map(again).transpose().map_err(RunError::host("opening the initrd again"))?,
+        initrd: payload
+            .initrd
+            .as_ref()
+            .map(again)
+            .transpose()
+            .map_err(RunError::host("opening the initrd again"))?,
         vcpus: world.parts.cpus,
         ram: ground.ram.ranges().to_vec(),
     };
@@ -103,17 +128,26 @@ impl Desk<'_> {
             match note {
                 Note::Power(PowerEvent::Off) => return Ok(Some(Ending::PowerOff)),
                 Note::Power(PowerEvent::Reboot) => return Ok(Some(Ending::Reboot)),
-                Note::Power(PowerEvent::ShimTerminated(code)) => return Ok(Some(Ending::Terminated(shim_words(code)))),
-                Note::Power(PowerEvent::ReleaseStaging) => {
-                    self.staging.release().map_err(RunError::host("releasing the staging area"))?;
+                Note::Power(PowerEvent::ShimTerminated(code)) => {
+                    return Ok(Some(Ending::Terminated(shim_words(code))));
                 }
-                Note::DeviceBroken { device, reason } => self.events.emit(&Event::DeviceBroken { device, reason }),
+                Note::Power(PowerEvent::ReleaseStaging) => {
+                    self.staging
+                        .release()
+                        .map_err(RunError::host("releasing the staging area"))?;
+                }
+                Note::DeviceBroken { device, reason } => {
+                    self.events.emit(&Event::DeviceBroken { device, reason })
+                }
                 Note::Quit => return Ok(Some(Ending::Forced(SIGINT))),
                 Note::VcpuEnded(VcpuEnd::Stopped) => {}
                 Note::VcpuEnded(VcpuEnd::Crashed) => return Ok(Some(Ending::Crashed("triple fault".into()))),
                 Note::VcpuEnded(VcpuEnd::Terminated(why)) => return Ok(Some(Ending::Terminated(why))),
                 Note::VcpuEnded(VcpuEnd::Failed(e)) => {
-                    return Err(RunError::Host { doing: "running the guest".into(), source: io::Error::other(e) });
+                    return Err(RunError::Host {
+                        doing: "running the guest".into(),
+                        source: io::Error::other(e),
+                    });
                 }
             }
         }

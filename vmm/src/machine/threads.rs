@@ -1,8 +1,10 @@
 //! The vCPU threads.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -20,24 +22,31 @@ const KICK_AGAIN: Duration = Duration::from_millis(2);
 pub(super) struct VcpuThreads {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
+    ids: Vec<i32>,
 }
 
 impl VcpuThreads {
     /// Starts a thread for each vCPU.
     pub(super) fn start(
         vcpus: Vec<Vcpu>,
-        services: Arc<Services>,
+        services: &Arc<Services>,
         addresses: Vec<Address>,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
+        let (to_ids, ids) = channel();
         let mut all = Self {
             stop: Arc::clone(&stop),
             threads: vec![],
+            ids: vec![],
         };
         for (mut vcpu, to_main) in vcpus.into_iter().zip(addresses) {
-            let (services, stop) = (Arc::clone(&services), Arc::clone(&stop));
+            let (services, stop, to_ids) = (Arc::clone(services), Arc::clone(&stop), to_ids.clone());
             let name = format!("vcpu{}", vcpu.index());
             let thread = Builder::new().name(name).spawn(move || {
+                let id = rustix::thread::gettid().as_raw_nonzero().get();
+                // `start` waits for exactly this message.
+                let _ = to_ids.send((vcpu.index(), id));
+                drop(to_ids);
                 let end = vcpu::run(&mut vcpu, &services, &stop);
                 if !matches!(end, VcpuEnd::Stopped) {
                     to_main.send(Note::VcpuEnded(end));
@@ -45,7 +54,15 @@ impl VcpuThreads {
             })?;
             all.threads.push(thread);
         }
+        drop(to_ids);
+        let by_index: BTreeMap<_, _> = ids.iter().collect();
+        all.ids = by_index.into_values().collect();
         Ok(all)
+    }
+
+    /// Kernel thread ids, by vCPU; an orchestrator pins them.
+    pub(super) fn ids(&self) -> Vec<i32> {
+        self.ids.clone()
     }
 }
 

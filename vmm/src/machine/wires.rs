@@ -39,7 +39,10 @@ pub(super) struct ToMain(pub(super) Mutex<Address>);
 
 impl Observer for ToMain {
     fn device_broken(&self, fault: &Fault<'_>) {
-        let note = Note::DeviceBroken(fault.device.to_owned(), fault.cause.to_string());
+        let note = Note::DeviceBroken {
+            device: fault.device.to_owned(),
+            reason: fault.cause.to_string(),
+        };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).send(note);
     }
 }
