@@ -31,16 +31,6 @@ pub fn mode(spec: &PlatformSpec) -> Mode {
     }
 }
 
-impl PlatformSpec {
-    /// Name as on the command line.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Soft => "soft",
-            Self::Snp(_) => "snp",
-        }
-    }
-}
-
 /// `KVM_X86_DEFAULT_VM`.
 const DEFAULT_VM: u64 = 0;
 

@@ -14,7 +14,6 @@ use devices::virtio::block::Block;
 use devices::virtio::console::VirtioConsole;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::input::{PowerButton, VirtioPowerButton};
-use devices::virtio::net::{Backend, MacAddress, Net};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::transport::{VirtioPci, Wires};
 use shim::layout;
@@ -24,7 +23,6 @@ use super::wires::{KvmWires, ToMain};
 use crate::ending::RunError;
 use crate::event_loop::EventLoop;
 use crate::ram::GuestRam;
-use crate::spec::net::{NetBackend, NetSpec};
 use crate::spec::{DeviceSpecs, VsockSpec};
 
 /// Everything outside the vCPUs.
@@ -93,9 +91,9 @@ impl Periphery {
             )?;
         }
         for (index, net) in specs.nets.iter().enumerate() {
-            let doing = format!("opening network card {}", net.name());
-            let opened = open_net(net).map_err(RunError::host(doing))?;
-            fitter.attach(&format!("net{index}"), Box::new(opened))?;
+            let doing = format!("opening network card {}", net.name);
+            let device = net.device().map_err(|e| RunError::host(doing)(io::Error::other(e)))?;
+            fitter.attach(&format!("net{index}"), Box::new(device))?;
         }
         if let Some(vsock) = &specs.vsock {
             fitter.attach(
@@ -165,15 +163,6 @@ fn serial_number(index: usize) -> [u8; 20] {
         *to = from;
     }
     id
-}
-
-fn open_net(net: &NetSpec) -> io::Result<Net> {
-    let backend = match &net.backend {
-        NetBackend::Tap { name, .. } => Backend::Tap(name.clone()),
-        NetBackend::TapFd(fd) => Backend::TapFds(vec![fd.try_clone()?]),
-        NetBackend::Passt(stream) => Backend::Connected(stream.try_clone()?),
-    };
-    Net::open(backend, MacAddress::from(net.mac), net.pairs).map_err(io::Error::other)
 }
 
 fn open_vsock(_: &VsockSpec) -> io::Result<Box<dyn VirtioDevice>> {

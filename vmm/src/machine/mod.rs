@@ -26,27 +26,16 @@ use run::World;
 ///
 /// # Errors
 /// The host or the platform cannot go on; nothing of the machine is left then.
-pub fn run(spec: MachineSpec, events: &Events, mut signals: Signals) -> Result<Ending, RunError> {
+pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<Ending, RunError> {
     let parts = spec.into_parts();
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
     let payload = measured(&parts.payload)?;
-    let console = parts
-        .devices
-        .console
-        .terminal_path()
-        .map(|path| path.display().to_string());
-    let platform = parts.platform.name();
-    events.emit(&Event::Started {
-        pid: std::process::id(),
-        platform,
-        console,
-    });
     loop {
         let mut world = World {
             host: &host,
             parts: &parts,
             payload: &payload,
-            events,
+            events: &events,
             signals: &mut signals,
         };
         let ending = run::live(&mut world)?;

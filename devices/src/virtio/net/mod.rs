@@ -45,8 +45,6 @@ pub enum Backend {
     TapFds(Vec<OwnedFd>),
     /// The socket that passt(1) listens on.
     Passt(PathBuf),
-    /// A connection to passt(1).
-    Connected(UnixStream),
 }
 
 /// An Ethernet address of one station.
@@ -63,12 +61,6 @@ impl MacAddress {
     /// Its bytes in the order of transmission.
     pub fn bytes(self) -> [u8; 6] {
         self.0
-    }
-}
-
-impl From<[u8; 6]> for MacAddress {
-    fn from(bytes: [u8; 6]) -> Self {
-        Self(bytes)
     }
 }
 
@@ -152,7 +144,7 @@ impl Net {
         let limit = match &backend {
             Backend::Tap(_) => MAX_PAIRS,
             Backend::TapFds(fds) => u16::try_from(fds.len()).unwrap_or(MAX_PAIRS).min(MAX_PAIRS),
-            Backend::Passt(_) | Backend::Connected(_) => 1,
+            Backend::Passt(_) => 1,
         };
         let exact = matches!(backend, Backend::TapFds(_));
         if pairs == 0 || pairs > limit || exact && pairs != limit {
@@ -163,9 +155,6 @@ impl Net {
                 .map(|_| Tap::open(&name, pairs > 1))
                 .collect::<Result<_, _>>()?,
             Backend::TapFds(fds) => fds.into_iter().map(Tap::from_fd).collect::<Result<_, _>>()?,
-            Backend::Connected(stream) => {
-                return Self::new(vec![Box::new(Stream::new(stream))], 0, None, mac);
-            }
             Backend::Passt(path) => {
                 let stream = connect(&path).map_err(|source| NetError::Passt { path, source })?;
                 return Self::new(vec![Box::new(Stream::new(stream))], 0, None, mac);
