@@ -92,7 +92,9 @@ impl Periphery {
         }
         for (index, net) in specs.nets.iter().enumerate() {
             let doing = format!("opening network card {}", net.name);
-            let device = net.device().map_err(|e| RunError::host(doing)(io::Error::other(e)))?;
+            let device = net
+                .device()
+                .map_err(|e| RunError::host(doing)(io::Error::other(e)))?;
             fitter.attach(&format!("net{index}"), Box::new(device))?;
         }
         if let Some(vsock) = &specs.vsock {
@@ -105,7 +107,9 @@ impl Periphery {
             let rng = VirtioRng::new().map_err(RunError::host("opening the random number device"))?;
             fitter.attach("rng", Box::new(rng))?;
         }
-        fitter.attach("console", Box::new(VirtioConsole::new(specs.console.clone())))?;
+        if specs.has_console {
+            fitter.attach("console", Box::new(VirtioConsole::new(specs.console.clone())))?;
+        }
         let button = VirtioPowerButton::new().map_err(RunError::host("opening the power button"))?;
         let (device, button) = button;
         fitter.attach("power button", Box::new(device))?;
