@@ -17,6 +17,11 @@ const ID_KEY: usize = 0x240;
 const ID_KEY_SIGNATURE: usize = 0x680;
 const AUTHOR_KEY: usize = 0x880;
 
+/// Reserved bytes, from and up to.
+const RESERVED: [(usize, usize); 3] = [(8, 0x40), (0x644, 0x680), (0xc84, 0x1000)];
+/// The same where no author key is named.
+const RESERVED_WITHOUT_AUTHOR: [(usize, usize); 2] = [(8, 0x40), (0x644, 0x1000)];
+
 /// An ID block that would be refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
@@ -204,6 +209,19 @@ impl IdAuth {
     pub fn check(&self, block: &IdBlock) -> Result<(), IdBlockError> {
         if le32(&self.0, 0) != Some(ALGORITHM) || !matches!(le32(&self.0, 4), Some(0 | ALGORITHM)) {
             return Err(IdBlockError::Malformed { what: "algorithm" });
+        }
+        // Firmware wants the rest zero, and so a forgotten algorithm is no way around the author key.
+        let unused = if self.has_author_key() {
+            &RESERVED[..]
+        } else {
+            &RESERVED_WITHOUT_AUTHOR[..]
+        };
+        let nonzero =
+            |(from, to): &(usize, usize)| self.part(*from, to.saturating_sub(*from)).iter().any(|b| *b != 0);
+        if unused.iter().any(nonzero) {
+            return Err(IdBlockError::Malformed {
+                what: "reserved field",
+            });
         }
         let (id_key, signature) = (
             self.id_key()?,
