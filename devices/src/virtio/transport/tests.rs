@@ -72,6 +72,7 @@ struct Toy {
     config: [u8; 8],
     alive: Arc<AtomicUsize>,
     refuse: bool,
+    sizes: Vec<u16>,
     visible: Arc<VisibilityMap>,
 }
 
@@ -90,7 +91,7 @@ impl VirtioDevice for Toy {
         TOY_FEATURE
     }
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUES
+        &self.sizes
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (to, from) in data.iter_mut().zip(self.config.iter().skip(offset as usize)) {
@@ -156,6 +157,31 @@ impl Running for RunningToy {
     }
 }
 
+impl Toy {
+    /// A toy and the other end of its backend.
+    fn new(visible: &Arc<VisibilityMap>, alive: &Arc<AtomicUsize>) -> (Self, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let toy = Self {
+            backend: ours,
+            config: [1, 2, 3, 4, 5, 6, 7, 8],
+            alive: Arc::clone(alive),
+            refuse: false,
+            sizes: QUEUES.to_vec(),
+            visible: Arc::clone(visible),
+        };
+        (toy, theirs)
+    }
+}
+
+fn wires(mem: &SharedMem, lines: &Arc<Lines>) -> Wires {
+    Wires {
+        mem: mem.clone(),
+        interrupts: lines.clone(),
+        kicks: lines.clone(),
+        observer: lines.clone(),
+    }
+}
+
 /// A machine with one toy, and a driver's hands.
 struct Bench {
     mmio: Bus,
@@ -175,23 +201,11 @@ impl Bench {
 
     fn with(change: impl FnOnce(&mut Toy)) -> Self {
         let (mem, visible) = mock::memory();
-        let lines = Arc::new(Lines::default());
-        let wires = Wires {
-            mem: mem.clone(),
-            interrupts: lines.clone(),
-            kicks: lines.clone(),
-            observer: lines.clone(),
-        };
         let alive = Arc::new(AtomicUsize::new(0));
-        let (ours, backend) = UnixStream::pair().unwrap();
-        let mut toy = Toy {
-            backend: ours,
-            config: [1, 2, 3, 4, 5, 6, 7, 8],
-            alive: alive.clone(),
-            refuse: false,
-            visible: visible.clone(),
-        };
+        let (mut toy, backend) = Toy::new(&visible, &alive);
         change(&mut toy);
+        let lines = Arc::new(Lines::default());
+        let wires = wires(&mem, &lines);
         let (mut root, mut mmio) = (PciRoot::default(), Bus::default());
         let pci = VirtioPci::attach("toy0", Box::new(toy), &wires, &mut root, &mut mmio).unwrap();
         mmio.attach(ECAM_START, ECAM_BYTES, Box::new(root)).unwrap();
@@ -410,4 +424,29 @@ fn a_good_driver_finds_drives_and_leaves_the_device() {
     );
     assert_eq!(bench.set_status(0), 0);
     assert_eq!(bench.alive.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn devices_that_do_not_fit_are_refused_by_name() {
+    let (mem, visible) = mock::memory();
+    let wires = wires(&mem, &Arc::new(Lines::default()));
+    let alive = Arc::new(AtomicUsize::new(0));
+    let (mut root, mut mmio) = (PciRoot::default(), Bus::default());
+    let mut attach = |name: &str, queues: usize, mmio: &mut Bus| {
+        let (mut toy, _) = Toy::new(&visible, &alive);
+        toy.sizes = vec![2; queues];
+        VirtioPci::attach(name, Box::new(toy), &wires, &mut root, mmio)
+    };
+    let error = attach("wide", MAX_QUEUES + 1, &mut mmio).unwrap_err();
+    assert!(matches!(error, AttachError::Queues { name, count: 257 } if name == "wide"));
+    for number in 1..32 {
+        // As many queues as are allowed share the vectors that a slot has.
+        let device = attach(&format!("d{number}"), MAX_QUEUES, &mut mmio).unwrap();
+        assert_eq!(device.0.slot.number, number);
+    }
+    let error = attach("last", 1, &mut mmio).unwrap_err();
+    assert!(matches!(error, AttachError::Slot { name, .. } if name == "last"));
+    let mut data = [0; 2];
+    mmio.read(0xc000_0000 + 31 * 0x8000 + 0x12, &mut data);
+    assert_eq!(u16::from_le_bytes(data), 256);
 }
