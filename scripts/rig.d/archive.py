@@ -96,11 +96,21 @@ class Suite:
 
     def candidate(self, package):
         """(version, direct dependencies) of the newest version of package."""
-        self.refresh()
-        shown = self._run("apt-cache", "show", "--no-all-versions", package).stdout
+        shown = self._asked("apt-cache", "show", "--no-all-versions", package)
         fields = dict(re.findall(r"(?m)^([A-Za-z-]+): (.*)$", shown))
         names = [re.split(r"[ (|:]", part.strip())[0] for part in fields.get("Depends", "").split(",")]
         return fields["Version"], names
+
+    def _asked(self, *command):
+        """The answer to a question about the package lists, remembered until they are fetched anew."""
+        self.refresh()
+        answer = self.home / f"answer-{cache.key(*command)}"
+        if not answer.exists() or answer.stat().st_mtime < (self.home / "updated").stat().st_mtime:
+            text = self._run(*command).stdout
+            fresh = answer.with_suffix(f".{os.getpid()}")
+            fresh.write_text(text)
+            fresh.rename(answer)
+        return answer.read_text()
 
     def unpack(self, package, into, closure=False):
         """Downloads package (with closure: and all that it depends on) and unpacks it into a folder."""
@@ -136,6 +146,5 @@ class Suite:
 
     def source_version(self, package):
         """The newest version of the source package."""
-        self.refresh()
-        shown = self._run("apt-cache", "showsrc", "--only-source", package).stdout
+        shown = self._asked("apt-cache", "showsrc", "--only-source", package)
         return re.findall(r"(?m)^Version: (.*)$", shown)[0]

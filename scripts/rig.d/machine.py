@@ -19,7 +19,7 @@ PORTS = 8
 MAILBOX_BYTES = 4 << 30
 HERE = Path(__file__).parent
 # What L1 loads at boot, in this order; dependencies come by themselves.
-MODULES = "virtio_blk ext4 loop tun bridge ccp kvm kvm-amd kvm-intel configfs".split()
+MODULES = "virtio_blk ext4 loop tun bridge configfs ccp kvm kvm-amd".split()
 BASE_CPU = "max,-la57"
 SNP_CPU = (
     "max,vendor=AuthenticAMD,family=25,model=1,stepping=1,phys-bits=48,-hypervisor,-la57,+svm,+npt,+nrip-save,"
@@ -91,7 +91,8 @@ def boot_files(spec):
         name = "tdx"
     else:
         debian = kernel.newest("amd64")
-        image, modules, name = debian.vmlinuz, MODULES, debian.release
+        image, name = debian.vmlinuz, debian.release
+        modules = [*MODULES, "kvm-intel"] if spec.kind == "plain" and native_kvm() else MODULES
     busybox, program = programs.busybox(), programs.guest_program()
     key = cache.key(busybox[-4096:], program, name, " ".join(modules), HERE / "machine.py", HERE / "initramfs.py")
 
