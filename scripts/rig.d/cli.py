@@ -1,6 +1,7 @@
 """The command line of scripts/rig."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def main(arguments):
     if options.help or (verb in ("run", "exec") and not words):
         print(USAGE, end="", file=sys.stdout if options.help else sys.stderr)
         return 0 if options.help else 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return globals()[f"_{verb}"](options, words) or 0
     except RigError as error:

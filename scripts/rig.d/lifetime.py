@@ -39,6 +39,13 @@ def names():
     return sorted(folder.name for folder in home().iterdir() if _alive(folder))
 
 
+def _clear_leftovers():
+    """Removes folders of L1s whose rig was killed; their QEMU died with it."""
+    for folder in home().iterdir():
+        if (folder / "pid").exists() and not _alive(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _alive(folder):
     try:
         os.kill(int((folder / "pid").read_text()), 0)
@@ -50,9 +57,11 @@ def _alive(folder):
 @contextlib.contextmanager
 def for_now(spec):
     """An L1 for as long as the block runs; it ends with this process, even by kill -9."""
-    machine.boot_files(spec)
-    with tempfile.TemporaryDirectory(prefix="l1.", dir=home()) as path:
+    _clear_leftovers()
+    machine.command(spec, home())
+    with tempfile.TemporaryDirectory(prefix="once.", dir=home()) as path:
         folder = Path(path)
+        (folder / "pid").write_text(str(os.getpid()))
         process = machine.start(spec, folder)
         try:
             _await_boot(folder)
@@ -67,6 +76,7 @@ def keep(spec, name, lifetime):
     folder = home() / name
     if _alive(folder):
         raise RigError(f"an L1 named {name} is up already: `scripts/rig down --name {name}` ends it")
+    _clear_leftovers()
     # Everything slow and everything that can go wrong comes before the fork, where the user sees it.
     machine.command(spec, folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,8 +103,8 @@ def _guard(spec, folder, lifetime, started):
     null = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((0, null), (1, log), (2, log)):
         os.dup2(target, number)
-    process = machine.start(spec, folder)
     (folder / "pid").write_text(str(os.getpid()))
+    process = machine.start(spec, folder)
     select.select([started], [], [])
     if os.read(started, 1) == b"k":
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -62,6 +62,7 @@ class Session:
         self.sinks = {b"O": out, b"W": err}
         self.limit = limit
         self.code = None
+        self.started = False
 
     def run(self, patience=None):
         """Runs the command and gives its exit code; patience bounds the whole in seconds."""
@@ -71,12 +72,12 @@ class Session:
         with _port(self.folder) as client:
             nonce = os.urandom(16)
             client.sendall(MAGIC + nonce + _frame(b"R", "\0".join(self.request).encode()))
-            with _forwarded_signals(client):
+            with self._forwarded_signals(client):
                 self._attend(client, nonce, deadline)
         return self.code
 
     def _attend(self, client, nonce, deadline):
-        received, started = bytearray(), False
+        received = bytearray()
         with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ)
             if self.stdin is not None:
@@ -92,11 +93,30 @@ class Session:
                     if not (data := _receive(client)):
                         raise L1Gone("L1 ended while the command ran")
                     received += data
-                    if not started and (at := received.find(nonce)) >= 0:
+                    if not self.started and (at := received.find(nonce)) >= 0:
                         del received[: at + len(nonce)]
-                        started = True
-                    if started:
+                        self.started = True
+                    if self.started:
                         self._take(received)
+
+    @contextlib.contextmanager
+    def _forwarded_signals(self, client):
+        """Hands SIGINT, SIGTERM and SIGHUP on to a command that runs; before that, and the third time, they end this side."""
+        seen = []
+
+        def forward(number, _):
+            seen.append(number)
+            if not self.started or len(seen) > 2:
+                raise KeyboardInterrupt
+            client.sendall(_frame(b"S", bytes([number])))
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, forward) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _take(self, received):
         while len(received) >= 5:
@@ -146,26 +166,6 @@ def _write_all(sink, data):
     view = memoryview(data)
     while view:
         view = view[os.write(sink, view) :]
-
-
-@contextlib.contextmanager
-def _forwarded_signals(client):
-    """Hands SIGINT, SIGTERM and SIGHUP on to the command; the third one in all ends this side."""
-    seen = []
-
-    def forward(number, _):
-        seen.append(number)
-        if len(seen) > 2:
-            raise KeyboardInterrupt
-        client.sendall(_frame(b"S", bytes([number])))
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def output(folder, words, limit=60):
