@@ -275,3 +275,6 @@ impl Config {
         defaults.overlaid(self)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,9 @@
 mod checks;
 mod probe;
 mod report;
+mod snp;
+mod system;
+mod tdx;
 
 use std::io::{self, Write};
 

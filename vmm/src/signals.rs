@@ -56,38 +56,33 @@ impl AsFd for Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use vmm_sys_util::signal::Killable;
 
-    /// Signals are the whole process's, so this test runs in a process of its own.
     #[test]
     fn the_first_signal_asks_and_the_second_ends() {
-        const CHILD: &str = "CVMM_TEST_SIGNALS";
-        if std::env::var_os(CHILD).is_none() {
-            let status = Command::new(std::env::current_exe().unwrap())
-                .args([
-                    "--exact",
-                    "signals::tests::the_first_signal_asks_and_the_second_ends",
-                ])
-                .env(CHILD, "1")
-                .status()
-                .unwrap();
-            assert!(status.success());
-            return;
+        // Signals go to the one thread that blocks them, not to the process, which other tests share.
+        let (go, wait) = channel();
+        let (report, asked) = channel();
+        let thread = thread::spawn(move || {
+            let mut signals = Signals::catch().unwrap();
+            report.send(signals.take().unwrap()).unwrap();
+            while wait.recv().is_ok() {
+                report.send(signals.take().unwrap()).unwrap();
+            }
+        });
+        assert_eq!(asked.recv().unwrap(), None);
+        for (signal, ask) in [
+            (libc::SIGTERM, Ask::PowerOff(15)),
+            (libc::SIGINT, Ask::End(2)),
+            (libc::SIGTERM, Ask::End(15)),
+        ] {
+            thread.kill(signal).unwrap();
+            go.send(()).unwrap();
+            assert_eq!(asked.recv().unwrap(), Some(ask));
         }
-        let mut signals = Signals::catch().unwrap();
-        assert_eq!(signals.take().unwrap(), None);
-        let own_thread = std::fs::read_link("/proc/thread-self").unwrap();
-        let thread = own_thread.file_name().unwrap().to_str().unwrap().to_owned();
-        let send = |name: &str| {
-            let sent = Command::new("sh")
-                .args(["-c", &format!("kill -{name} {thread}")])
-                .status();
-            assert!(sent.unwrap().success());
-        };
-        send("TERM");
-        assert_eq!(signals.take().unwrap(), Some(Ask::PowerOff(15)));
-        send("INT");
-        assert_eq!(signals.take().unwrap(), Some(Ask::End(2)));
-        assert_eq!(signals.take().unwrap(), None);
+        drop(go);
+        thread.join().unwrap();
     }
 }

@@ -291,3 +291,6 @@ impl CheckedDevices {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

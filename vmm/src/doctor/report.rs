@@ -128,9 +128,9 @@ impl fmt::Display for Report {
                 Status::Warn => "warn   ",
                 Status::Missing => "missing",
             };
-            writeln!(to, "{mark}  {:<20} {}", check.name, check.found)?;
+            writeln!(to, "{mark}  {:<22} {}", check.name, check.found)?;
             if let Some(remedy) = &check.remedy {
-                writeln!(to, "{:30}-> {remedy}", "")?;
+                writeln!(to, "{:32}-> {remedy}", "")?;
             }
         }
         let word = |usable| if usable { "yes" } else { "no" };
@@ -138,5 +138,50 @@ impl fmt::Display for Report {
         writeln!(to, "  soft (no protection): {}", word(self.usable.soft))?;
         writeln!(to, "  snp  (AMD SEV-SNP):   {}", word(self.usable.snp))?;
         writeln!(to, "  tdx  (Intel TDX):     {}", word(self.usable.tdx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn report() -> Report {
+        let checks = vec![
+            Check::ok("kvm.device", "there"),
+            Check::warn("net.tun", "absent", "modprobe tun"),
+            Check::missing("snp.cpu", SNP, "no SNP", "take another"),
+        ];
+        Report::new("6.12.9".into(), checks)
+    }
+
+    #[test]
+    fn json_has_the_documented_shape() {
+        assert_eq!(
+            serde_json::to_value(report()).unwrap(),
+            json!({
+                "schema": 1,
+                "cvmm": env!("CARGO_PKG_VERSION"),
+                "kernel": "6.12.9",
+                "usable": {"soft": true, "snp": false, "tdx": true},
+                "checks": [
+                    {"name": "kvm.device", "status": "ok", "found": "there"},
+                    {"name": "net.tun", "status": "warn", "found": "absent", "remedy": "modprobe tun"},
+                    {
+                        "name": "snp.cpu", "status": "missing", "found": "no SNP", "needed_by": ["snp"],
+                        "remedy": "take another",
+                    },
+                ],
+            })
+        );
+    }
+
+    #[test]
+    fn text_shows_each_remedy_under_its_check() {
+        let text = report().to_string();
+        assert!(text.contains(
+            "missing  snp.cpu                no SNP\n                                -> take another\n"
+        ));
+        assert!(text.ends_with("  tdx  (Intel TDX):     yes\n"));
     }
 }

@@ -59,7 +59,7 @@ pub enum SnpOptionError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        cause: IdBlockError,
+        cause: Box<IdBlockError>,
     },
     /// The certificates cannot be served.
     #[error("certs {}: {cause}", path.display())]
@@ -151,7 +151,7 @@ fn identity(options: &Snp) -> Result<Option<Signed>, SnpOptionError> {
     };
     let wrong = |cause| SnpOptionError::Identity {
         path: path.clone(),
-        cause,
+        cause: Box::new(cause),
     };
     let block = IdBlock::parse(&read("id-block", path)?).map_err(wrong)?;
     let auth = IdAuth::parse(&read("id-auth", auth_path)?).map_err(wrong)?;
