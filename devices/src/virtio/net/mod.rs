@@ -20,6 +20,7 @@ use arch::poll::Poll;
 use arch::tap::{Offloads, Tap, TapError};
 
 use super::device::{Activation, Running, VirtioDevice};
+use super::serve::copy_fields;
 pub use header::net_feature;
 use link::{Link, Stream, TapLink};
 use net_feature::{
@@ -246,11 +247,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let rest = self.config.get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        copy_fields(&self.config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

@@ -8,6 +8,7 @@ use arch::poll::{Interest, Poll};
 
 use super::super::device::{Activation, Running};
 use super::super::queue::{Chain, QueueBroken, VirtQueue};
+use super::super::serve::serve;
 use super::header::{MAX_BYTES, net_feature};
 use super::link::Link;
 use super::rx::{Rx, RxEnd};
@@ -16,8 +17,6 @@ use super::tx::Tx;
 /// Where the links are while no driver is up.
 pub(super) type Shelf = Arc<Mutex<Vec<Box<dyn Link>>>>;
 
-/// Most control commands per kick.
-const COMMANDS: usize = 64;
 /// `VIRTIO_NET_CTRL_MQ`, `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
 const SET_PAIRS: [u8; 2] = [4, 0];
 const ACK_OK: u8 = 0;
@@ -157,26 +156,22 @@ impl NetRunning {
     }
 
     fn control(&mut self, queue: &mut VirtQueue) -> Result<(), QueueBroken> {
-        for _ in 0..COMMANDS {
-            let Some(chain) = queue.pop(&self.mem)? else {
-                if queue.enable_kicks(&self.mem)? {
-                    continue;
-                }
-                break;
-            };
+        let mem = self.mem.clone();
+        let index = queue.index();
+        // Rounds are as long as the queue: a guest that adds commands meanwhile kicks again.
+        let limit = usize::from(queue.size()).saturating_add(1);
+        serve(queue, &mem, limit, |chain| {
             if chain.readable_bytes() < SET_PAIRS.len() as u64 || chain.writable_bytes() == 0 {
-                return Err(chain.bad_shape(queue.index()));
+                return Err(chain.bad_shape(index));
             }
-            let ack = self.command(&chain);
-            if chain.writer(&self.mem).write_all(&[ack]).is_err() {
-                return Err(chain.bad_shape(queue.index()));
-            }
-            queue.push(&self.mem, chain.head(), 1)?;
-        }
-        queue.notify(&self.mem)
+            let ack = self.command(chain);
+            let answered = chain.writer(&mem).write_all(&[ack]);
+            answered.map(|()| 1).map_err(|_| chain.bad_shape(index))
+        })
+        .map(drop)
     }
 
-    fn serve(&mut self, index: usize) -> Result<(), QueueBroken> {
+    fn serve_pair(&mut self, index: usize) -> Result<(), QueueBroken> {
         let Some(pair) = self.pairs.get_mut(index) else {
             return Ok(());
         };
@@ -213,10 +208,10 @@ impl Running for NetRunning {
 
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         if self.pairs.len() == 1 {
-            return self.serve(0);
+            return self.serve_pair(0);
         }
         for (index, _) in self.poll.ready().iter() {
-            self.serve(usize::try_from(index).unwrap_or(usize::MAX))?;
+            self.serve_pair(usize::try_from(index).unwrap_or(usize::MAX))?;
         }
         Ok(())
     }

@@ -85,7 +85,8 @@ impl Rx {
     ) -> Result<(RxEnd, usize), QueueBroken> {
         let budget = if self.singles == 0 { BUDGET } else { 1 };
         let mut frames = 0_usize;
-        while frames < budget {
+        // What the link holds in memory must not wait for another wake-up.
+        while frames < budget || frames < BUDGET && link.held().incoming {
             if !self.stage(mem)? {
                 return Ok((RxEnd::Starved, frames));
             }

@@ -483,3 +483,107 @@ fn a_tap_carries_datagrams_both_ways_on_one_queue_and_on_two() {
         net.activate(with).unwrap();
     }
 }
+
+/// Ends a child process with the test.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn passt_answers_frames() {
+    let path = std::env::temp_dir().join(format!("cvmm-passt-{}", std::process::id()));
+    let started = Command::new("passt")
+        .args(["--foreground", "--quiet", "--socket"])
+        .arg(&path)
+        .spawn();
+    let Ok(_passt) = started.map(Child) else {
+        eprintln!("SKIPPED: passt is not installed");
+        return;
+    };
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    let mut net = loop {
+        match Net::open(Backend::Passt(path.clone()), mac(), 1) {
+            Ok(net) => break net,
+            Err(_) if std::time::Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            Err(e) => {
+                eprintln!("SKIPPED: passt does not start here, it needs a network interface: {e}");
+                return;
+            }
+        }
+    };
+    let (mem, _) = memory();
+    let (mut rx, mut tx) = (
+        MockRing::new(&mem, 0x10_0000, 64),
+        MockRing::new(&mem, 0x80_0000, 64),
+    );
+    let (with, _) = activation(&mem, &[&rx, &tx], net.features());
+    let mut running = net.activate(with).unwrap();
+    let posted: Vec<_> = (0..48).map(|_| rx.send(&[], &[2048]).1[0]).collect();
+    // Any address but our own is passt's.
+    let mut arp = [
+        &[0xff; 6][..],
+        &mac().bytes(),
+        &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+        &mac().bytes(),
+    ]
+    .concat();
+    arp.extend([198, 18, 73, 2, 0, 0, 0, 0, 0, 0, 198, 18, 73, 1]);
+    tx.send(&[&[0; 12], &arp], &[]);
+    running.on_kick(1).unwrap();
+    let answered = |at: &u64| {
+        let frame = rx.read(*at + 12, 42);
+        frame[..6] == mac().bytes() && frame[12..22] == [8, 6, 0, 1, 8, 0, 6, 4, 0, 2]
+    };
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    while !posted.iter().any(answered) {
+        assert!(std::time::Instant::now() < until, "no answer");
+        running.on_backend().unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = std::fs::remove_file(path);
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_guest_header_or_buffer_layout_harms_the_device(
+        raw in proptest::array::uniform12(proptest::num::u8::ANY),
+        pieces in proptest::collection::vec(1_usize..3000, 1..40),
+        buffers in proptest::collection::vec(12_u32..4000, 1..40),
+        features in proptest::num::u64::ANY,
+        frame in 0_usize..70_000,
+    ) {
+        let mut rig = rig(features & 0x7f_ffff & !(MQ | CTRL_VQ), 64);
+        let bytes = pattern(pieces.iter().sum::<usize>());
+        let (mut whole, mut chain) = (&bytes[..], vec![&raw[..]]);
+        for piece in pieces {
+            let (now, later) = whole.split_at(piece);
+            chain.push(now);
+            whole = later;
+        }
+        rig.tx.send(&chain, &[]);
+        rig.running.on_kick(1).unwrap();
+        rig.sent();
+        rig.settle();
+        rig.sent();
+        proptest::prop_assert!(rig.tx.take_used().is_some());
+
+        let posted: Vec<_> = buffers.iter().map(|len| rig.rx.send(&[], &[*len]).1[0]).collect();
+        rig.running.on_kick(0).unwrap();
+        let frame = pattern(frame.min(65550));
+        rig.arrive(&frame);
+        rig.settle();
+        let mut got = vec![];
+        for at in posted {
+            if let Some((_, len)) = rig.rx.take_used() {
+                got.extend(rig.rx.read(at, len as usize));
+            }
+        }
+        // Whole or not at all.
+        proptest::prop_assert!(got.is_empty() || got[12..] == frame);
+    }
+}

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::device::{Activation, Running, VirtioDevice};
+use super::serve::copy_fields;
 use host::Host;
 pub use host::VsockError;
 pub use mux::{CONNECTIONS, NARROW_WINDOW, PENDING_LINES, RESETS, TIME_LIMIT, WIDE_CONNECTIONS, WINDOW};
@@ -72,12 +73,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.cid.to_le_bytes();
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let rest = config.get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        copy_fields(&self.cid.to_le_bytes(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
