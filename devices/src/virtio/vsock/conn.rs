@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use arch::iov::{MAX_PARTS, Parts};
 use arch::mem::SharedMem;
 use arch::poll::Interest;
+use rustix::net::RecvFlags;
 
 use super::super::queue::Chain;
 use super::packet::{HEADER_BYTES, Key, SHUT_BOTH, SHUT_RECEIVE, SHUT_SEND};
@@ -107,22 +108,41 @@ impl Conn {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.outbox.bytes.len()
+    }
+
     /// Nothing keeps the connection alive any more.
     pub(super) fn is_finished(&self) -> bool {
         let abandoned = self.hung_up && self.state.is_requested();
         abandoned || self.draining && self.outbox.len() == 0
     }
 
-    /// There is data that the guest has room for. Without room, asks for credit.
+    /// There is data that the guest has room for. Without room, asks for credit; an end needs none.
     pub(super) fn has_data(&mut self) -> bool {
         if !self.readable || !self.state.takes_host_data() {
             return false;
         }
-        if self.state.flow.room() == 0 {
-            self.state.ask_for_credit();
+        if self.state.flow.room() != 0 {
+            return true;
+        }
+        if self.state.has_asked() {
             return false;
         }
-        true
+        match rustix::net::recv(&self.socket, &mut [0; 1], RecvFlags::PEEK) {
+            Ok((_, 1..)) => self.state.ask_for_credit(),
+            Err(rustix::io::Errno::AGAIN) => self.readable = false,
+            Ok((_, 0)) | Err(_) => self.on_end(),
+        }
+        false
+    }
+
+    /// The socket gave its last byte.
+    fn on_end(&mut self) {
+        self.readable = false;
+        let flags = if self.hung_up { SHUT_BOTH } else { SHUT_SEND };
+        self.state.host_shut(flags);
     }
 
     /// The socket is ready.
@@ -257,9 +277,7 @@ impl Conn {
             }
             // A socket that was closed with unread bytes gives an error after its last byte.
             Err(_) | Ok(0) => {
-                self.readable = false;
-                let flags = if self.hung_up { SHUT_BOTH } else { SHUT_SEND };
-                self.state.host_shut(flags);
+                self.on_end();
                 lens.clear();
                 return Ok(());
             }

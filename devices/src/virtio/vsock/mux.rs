@@ -306,7 +306,7 @@ impl Mux {
         }
     }
 
-    fn expire(&mut self, now: Instant) {
+    pub(super) fn expire(&mut self, now: Instant) {
         self.armed = None;
         self.host.arm(None);
         while let Some((at, awaited)) = self.deadlines.front().copied() {
@@ -447,6 +447,27 @@ impl Mux {
         }
         self.wake(token);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Mux {
+    pub(super) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Bytes that are kept for host processes.
+    pub(super) fn held(&mut self) -> usize {
+        self.table
+            .entries()
+            .map(|entry| {
+                if let Entry::Conn(conn) = entry {
+                    conn.held()
+                } else {
+                    0
+                }
+            })
+            .sum()
     }
 }
 

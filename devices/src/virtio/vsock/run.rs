@@ -22,7 +22,7 @@ pub(super) struct VsockRunning {
     mem: SharedMem,
     rx: VirtQueue,
     tx: VirtQueue,
-    mux: Mux,
+    pub(super) mux: Mux,
     /// Receive buffers popped ahead.
     staged: VecDeque<Chain>,
     used: Vec<(u16, u32)>,

@@ -135,6 +135,11 @@ impl State {
         self.host_shut = all;
     }
 
+    /// The guest knows that there is data and no credit.
+    pub(super) fn has_asked(&self) -> bool {
+        self.asked_for_credit
+    }
+
     /// There is data for the guest and no credit.
     pub(super) fn ask_for_credit(&mut self) {
         self.wants_credit |= !self.asked_for_credit;

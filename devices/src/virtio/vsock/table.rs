@@ -80,6 +80,11 @@ impl<T> Table<T> {
         Some(entry)
     }
 
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.entry.as_ref())
+    }
+
     pub(super) fn find(&self, key: Key) -> Option<Token> {
         self.keys.get(&key).copied()
     }
