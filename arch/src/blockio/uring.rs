@@ -24,9 +24,12 @@ const DISK: Fixed = Fixed(0);
 /// One queue's ring.
 pub(super) struct Uring {
     ring: IoUring,
-    /// Operations in flight, by the number in their `user_data`.
+    /// Operations in flight, by the number in their `user_data`. It grows to as many as were ever in flight
+    /// at once, at most `depth`.
     flights: Vec<Option<Flight>>,
+    /// Numbers without a flight.
     free: Vec<u32>,
+    depth: usize,
     notify: Arc<EventFd>,
 }
 
@@ -60,8 +63,9 @@ impl Uring {
         submitter.register_enable_rings()?;
         Ok(Self {
             ring,
-            flights: (0..depth).map(|_| None).collect(),
-            free: (0..u32::from(depth)).rev().collect(),
+            flights: Vec::new(),
+            free: Vec::new(),
+            depth: usize::from(depth),
             notify,
         })
     }
@@ -168,12 +172,23 @@ fn entry(flight: &Flight) -> Entry {
 
 impl Engine for Uring {
     fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused> {
-        let number = *self.free.last().ok_or(Refused::Full)?;
-        let flight = Flight::new(mem, tag, action)?;
-        self.free.pop();
-        if let Some(slot) = self.flights.get_mut(number as usize) {
-            *slot = Some(flight);
+        if self.in_flight() >= self.depth {
+            return Err(Refused::Full);
         }
+        let flight = Some(Flight::new(mem, tag, action)?);
+        let number = match self.free.pop() {
+            Some(number) => {
+                if let Some(slot) = self.flights.get_mut(number as usize) {
+                    *slot = flight;
+                }
+                number
+            }
+            None => {
+                self.flights.push(flight);
+                // At most `depth`, which is 16 bits.
+                u32::try_from(self.flights.len().saturating_sub(1)).unwrap_or(u32::MAX)
+            }
+        };
         self.issue(number);
         Ok(())
     }

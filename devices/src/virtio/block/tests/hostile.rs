@@ -205,3 +205,60 @@ fn many_drivers_cost_no_descriptors() {
         assert!(count() < before + 500, "{name}");
     });
 }
+
+/// Addresses that a random descriptor may name: the rings, buffers, a private page, a hole, nonsense.
+const PLACES: [u64; 8] = [
+    RING,
+    RING + 0x6000,
+    0x20_0000,
+    0x20_0ff0,
+    0x20_1000,
+    LOW_END - 16,
+    LOW_END,
+    u64::MAX - 8,
+];
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn random_rings_neither_panic_nor_reach_private_memory(
+        table in proptest::collection::vec((0_usize..8, 0_u32..1100, 0_u16..8, 0_u16..20), 16),
+        kinds in proptest::collection::vec((0_u32..15, 0_u64..200), 4),
+        heads in proptest::collection::vec(0_u16..20, 1..12),
+    ) {
+        Rig::each(64 << 10, |name, rig| {
+            let private = pages(0x20_1000, 0x1000);
+            let map = Arc::clone(rig.mem.mapping());
+            map.write_slice(&[0x5a; 0x1000], GuestAddress(0x20_1000)).unwrap();
+            rig.visible.set(private, Visibility::Private);
+            for (i, (kind, sector)) in kinds.iter().enumerate() {
+                let at = GuestAddress(0x20_0000 + i as u64 * 16);
+                rig.mem.write_slice(&header(*kind, *sector), at).unwrap();
+            }
+            for (index, (place, length, flags, next)) in table.iter().enumerate() {
+                // Most chains begin with a header, most lengths are whole sectors.
+                let (at, length) = match length % 3 {
+                    0 => (0x20_0000 + u64::from(length % 4) * 16, 16),
+                    1 => (PLACES[*place], length / 400 * 512),
+                    _ => (PLACES[*place], *length),
+                };
+                rig.ring.descriptor(index as u16, at, length, *flags, *next);
+            }
+            for head in &heads {
+                rig.ring.offer(*head);
+            }
+            let alive = rig.kick().is_ok();
+            let until = Instant::now() + Duration::from_millis(2);
+            while alive && Instant::now() < until && readable(&rig.block, 0) {
+                if rig.backend().is_err() {
+                    break;
+                }
+            }
+            rig.running = None;
+            assert!(rig.visible.drain(pages(0, LOW_END), Duration::ZERO), "{name}");
+            let mut seen = [0; 0x1000];
+            map.read_slice(&mut seen, GuestAddress(0x20_1000)).unwrap();
+            assert!(seen == [0x5a; 0x1000], "{name}: private memory was written");
+        });
+    }
+}
