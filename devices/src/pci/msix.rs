@@ -23,7 +23,7 @@ pub trait Interrupts: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The kernel's.
     fn route(&self, line: u32, message: Option<MsiMessage>) -> io::Result<()>;
-    /// An event whose every write raises `line`; non-blocking. Called at most once per line.
+    /// An event whose every write raises `line`; non-blocking. Called until it has succeeded once per line.
     ///
     /// # Errors
     /// The kernel's.
@@ -190,9 +190,12 @@ impl Msix {
         }
         let number = u32::try_from(index).unwrap_or(u32::MAX);
         let line = self.first_line.saturating_add(number);
-        if let Err(error) = vector.send(line, self.interrupts.as_ref())
-            && !std::mem::replace(&mut table.complained, true)
-        {
+        let Err(error) = vector.send(line, self.interrupts.as_ref()) else {
+            return;
+        };
+        // It stays pending, so that the next one may bring it along.
+        vector.pending = true;
+        if !std::mem::replace(&mut table.complained, true) {
             log::error!("interrupt line {line} is lost, its device may hang: {error}");
         }
     }

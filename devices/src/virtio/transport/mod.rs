@@ -42,7 +42,8 @@ const ISR_CONFIG: u8 = 2;
 
 /// Lets the guest kick without an exit to user space. Implemented over KVM and by tests.
 pub trait Kicks: Send + Sync + std::fmt::Debug {
-    /// Makes every guest write at `at` count on `kick`. Called at most once per address.
+    /// Makes every guest write at `at` count on `kick`. Called at most once per address, and not again after
+    /// an error.
     ///
     /// # Errors
     /// The kernel's. The transport copes: kicks then arrive as writes on the bus.
@@ -124,7 +125,7 @@ struct State {
     running: Option<Box<dyn Running>>,
     registers: Registers,
     face: Face,
-    /// Queues whose kicks were wired up.
+    /// Queues whose kicks were wired up, as far as the host lets us.
     connected: Vec<bool>,
     faults: FaultLog,
 }
@@ -298,8 +299,8 @@ impl Core {
                 .map_err(Cause::Guest)?
         };
         for ((queue, connected), index) in queues.iter().zip(&mut state.connected).zip(0_usize..) {
-            if queue.is_some() && !*connected {
-                *connected = self.connect_kick(index);
+            if queue.is_some() && !std::mem::replace(connected, true) {
+                self.connect_kick(index);
             }
         }
         let with = Activation {
@@ -340,17 +341,14 @@ impl Core {
         }))
     }
 
-    fn connect_kick(&self, queue: usize) -> bool {
+    fn connect_kick(&self, queue: usize) {
         let Some(kick) = self.kicks.get(queue) else {
-            return false;
+            return;
         };
         let at = u64::from(self.slot.bar.start).saturating_add(Part::notify_offset(queue));
-        match self.wires.kicks.connect(Gpa(at), kick) {
-            Ok(()) => true,
-            Err(error) => {
-                log::debug!("kicks of {} queue {queue} exit to user space: {error}", self.name);
-                false
-            }
+        if let Err(error) = self.wires.kicks.connect(Gpa(at), kick) {
+            let name = &self.name;
+            log::warn!("kicks of {name} queue {queue} exit to user space, which is slower: {error}");
         }
     }
 

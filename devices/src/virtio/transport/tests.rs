@@ -12,7 +12,7 @@ mod lifecycle;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arch::kvm::vm::MsiMessage;
@@ -36,14 +36,26 @@ struct Lines {
     events: Mutex<Vec<(u32, EventFd)>>,
     kicks: Mutex<Vec<Gpa>>,
     faults: Mutex<Vec<String>>,
+    /// The host has no resources left.
+    refuse: AtomicBool,
+}
+
+impl Lines {
+    fn ask(&self) -> io::Result<()> {
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        Ok(())
+    }
 }
 
 impl Interrupts for Lines {
     fn route(&self, line: u32, message: Option<MsiMessage>) -> io::Result<()> {
         self.routes.lock().unwrap().push((line, message));
-        Ok(())
+        self.ask()
     }
     fn connect(&self, line: u32) -> io::Result<EventFd> {
+        self.ask()?;
         let event = EventFd::new(EFD_NONBLOCK)?;
         self.events.lock().unwrap().push((line, event.try_clone()?));
         Ok(event)
@@ -53,7 +65,7 @@ impl Interrupts for Lines {
 impl Kicks for Lines {
     fn connect(&self, at: Gpa, _: &EventFd) -> io::Result<()> {
         self.kicks.lock().unwrap().push(at);
-        Ok(())
+        self.ask()
     }
 }
 

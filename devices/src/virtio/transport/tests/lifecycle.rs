@@ -1,7 +1,5 @@
 //! Negotiation, start, failure and reset.
 
-use std::sync::atomic::AtomicBool;
-
 use arch::mem::Visibility;
 
 use super::*;
@@ -295,6 +293,32 @@ fn kicks_are_neither_lost_nor_trusted() {
     bench.set_status(0);
     bench.run_events(&epoll);
     assert_eq!(bench.rings[0].take_used(), None);
+}
+
+#[test]
+fn a_host_without_resources_makes_a_slow_device_not_a_dead_one() {
+    let mut bench = Bench::new();
+    let epoll = bench.epoll();
+    bench.lines.refuse.store(true, Ordering::SeqCst);
+    for _ in 0..3 {
+        bench.start();
+    }
+    assert_eq!(
+        bench.lines.kicks.lock().unwrap().len(),
+        2,
+        "asked once for each queue"
+    );
+    bench.run_events(&epoll);
+    let (head, _) = bench.rings[0].send(&[b"A"], &[1]);
+    bench.kick(0);
+    bench.run_events(&epoll);
+    assert_eq!(bench.rings[0].take_used(), Some((u32::from(head), 1)));
+    // The interrupt waits until the host can and anything touches the vector.
+    assert_eq!(bench.get(BAR + 0x5000, 4), 0b10);
+    bench.lines.refuse.store(false, Ordering::SeqCst);
+    bench.set_msix(0x8000);
+    assert_eq!(bench.interrupts(1), 1);
+    assert!(bench.answers());
 }
 
 #[test]
