@@ -651,7 +651,7 @@ fn a_driver_reset_closes_all_connections_and_keeps_the_listener() {
 }
 
 fn pattern(from: u64, bytes: &mut [u8]) {
-    for (at, word) in (from..).zip(bytes.as_chunks_mut::<8>().0) {
+    for (at, word) in (from / 8..).zip(bytes.as_chunks_mut::<8>().0) {
         *word = at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
     }
 }
