@@ -131,6 +131,10 @@ pub struct Notify {
     #[arg(long, value_name = "PATH|fd:N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub events: Option<EventSink>,
+    /// End with exit code 10 when the guest reboots, instead of starting it anew
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    pub no_reboot: bool,
     /// Inherited descriptor that gets the line READY=1 when the guest begins to run
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -249,6 +253,7 @@ impl Config {
             snp: self.snp.overlaid(flags.snp),
             notify: Notify {
                 events: flags.notify.events.or(self.notify.events),
+                no_reboot: flags.notify.no_reboot || self.notify.no_reboot,
                 ready_fd: flags.notify.ready_fd.or(self.notify.ready_fd),
             },
         }

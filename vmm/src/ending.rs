@@ -8,7 +8,7 @@ use std::io;
 pub enum Ending {
     /// The guest powered off, by itself or because it was asked to.
     PowerOff,
-    /// The guest asked for a reboot that was not performed.
+    /// The guest asked for a reboot, and `--no-reboot` was given.
     Reboot,
     /// The guest or its shim ended itself and said why; the text is safe to print.
     Terminated(String),
@@ -81,7 +81,7 @@ pub enum ExitClass {
     Success = 0,
     /// Wrong usage, configuration or input file.
     Usage = 2,
-    /// The guest asked for a reboot that was not performed.
+    /// The guest asked for a reboot, and `--no-reboot` was given.
     Reboot = 10,
     /// The guest ended itself.
     Terminated = 11,
@@ -108,7 +108,7 @@ pub const EXIT_CODES: &[(ExitClass, &str)] = &[
     (ExitClass::Usage, "wrong usage, configuration or input file"),
     (
         ExitClass::Reboot,
-        "the guest asked for a reboot that was not performed",
+        "the guest asked for a reboot, and --no-reboot was given",
     ),
     (
         ExitClass::Terminated,

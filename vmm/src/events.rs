@@ -449,7 +449,7 @@ mod tests {
             let sink = Some(EventSink::Path(dir.join(name)));
             Events::open(&Notify {
                 events: sink,
-                ready_fd: None,
+                ..Notify::default()
             })
         };
         open("file").unwrap().emit(&Event::GuestOff);

@@ -46,6 +46,8 @@ pub struct Parts {
     pub payload: Payload,
     /// Devices, at most 31.
     pub devices: DeviceSpecs,
+    /// A reboot starts the machine anew instead of ending it.
+    pub reboots: bool,
 }
 
 /// Platform with what only it needs.
@@ -192,6 +194,7 @@ impl MachineSpec {
             cpus,
             payload,
             devices: devices.open(config.devices)?,
+            reboots: !config.notify.no_reboot,
         }))
     }
 

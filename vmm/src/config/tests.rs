@@ -23,7 +23,7 @@ const ALL_FLAGS: &str = "--kernel k --initrd i --cmdline quiet --memory 512M --c
     --disk a --disk b,ro,queues=4 --net tap=tap0 --net fd=7,mac=02:00:00:00:00:0a --net passt=/p,queues=1 \
     --vsock cid=3,uds=/v --rng --console socket=/c --policy 0x30000 \
     --host-data 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f \
-    --id-block ib --id-auth ia --certs c --debug-swap --secure-tsc --events fd:5 --ready-fd 6";
+    --id-block ib --id-auth ia --certs c --debug-swap --secure-tsc --events fd:5 --ready-fd 6 --no-reboot";
 
 const ALL_JSON: &str = r#"{
     "boot": {"kernel": "k", "initrd": "i", "cmdline": "quiet"},
@@ -37,7 +37,7 @@ const ALL_JSON: &str = r#"{
         "policy": "0x30000", "host_data": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
         "id_block": "ib", "id_auth": "ia", "certs": "c", "debug_swap": true, "secure_tsc": true
     },
-    "notify": {"events": "fd:5", "ready_fd": 6}
+    "notify": {"events": "fd:5", "ready_fd": 6, "no_reboot": true}
 }"#;
 
 #[test]

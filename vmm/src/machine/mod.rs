@@ -43,6 +43,9 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
             return Ok(ending);
         }
         events.emit(&Event::GuestReboot);
+        if !parts.reboots {
+            return Ok(ending);
+        }
     }
 }
 

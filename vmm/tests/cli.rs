@@ -1,0 +1,253 @@
+//! The program as a shell or an orchestrator meets it: exit codes, one-line messages, JSON.
+
+use std::fs::{self, File};
+use std::io::{Read, pipe};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn cvmm(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .env_remove("NOTIFY_SOCKET");
+    command
+}
+
+fn run(args: &[&str]) -> (i32, String, String) {
+    told(cvmm(args).output().unwrap())
+}
+
+fn told(output: Output) -> (i32, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code().unwrap(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+fn directory(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("cvmm-cli-{name}-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// A file that passes for a kernel: no test here boots it.
+fn kernel(dir: &std::path::Path) -> String {
+    let mut file = vec![0; 6 * 512];
+    let fields: [(usize, &[u8]); 7] = [
+        (0x1f1, &[4]),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 0x02]),
+        (0x211, &[1]),
+        (0x236, &[1, 0]),
+        (0x238, &[0xff, 7, 0, 0]),
+    ];
+    for (at, bytes) in fields {
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    let path = dir.join("kernel");
+    fs::write(&path, file).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn mistakes_end_with_code_2_and_say_what_to_do() {
+    let cases: [(&[&str], &str); 8] = [
+        (&["run"], "cvmm: no kernel given; add --kernel PATH"),
+        (
+            &["run", "--kernel", "/nonexistent"],
+            "cvmm: kernel /nonexistent: not found; check the path",
+        ),
+        (
+            &["run", "--kernel", "/dev/null", "--memory", "0"],
+            "cvmm: memory: 0 bytes are less than 64M",
+        ),
+        (
+            &["run", "--memory", "1Q"],
+            "write bytes or a suffix, for example 512M or 4G",
+        ),
+        (
+            &["run", "--config", "/nonexistent"],
+            "cvmm: config /nonexistent: ",
+        ),
+        (
+            &["run", "--ready-fd", "77"],
+            "cvmm: ready-fd 77: not an open descriptor",
+        ),
+        (
+            &["run", "--events", "/nonexistent/e"],
+            "cvmm: events /nonexistent/e: ",
+        ),
+        (&["run", "--frobnicate"], "unexpected argument '--frobnicate'"),
+    ];
+    for (args, says) in cases {
+        let (code, out, err) = run(args);
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
+        assert!(err.contains(says), "{args:?}: {err}");
+        if err.starts_with("cvmm: ") {
+            assert_eq!(err.lines().count(), 1, "{err}");
+        }
+    }
+}
+
+#[test]
+fn what_print_config_prints_means_the_same_again() {
+    let dir = directory("print");
+    let path = dir.join("guest.json");
+    let flags = [
+        "run",
+        "--kernel",
+        "k",
+        "--memory",
+        "1G",
+        "--disk",
+        "d,ro",
+        "--net",
+        "tap=t",
+        "--print-config",
+    ];
+    let (code, json, err) = run(&flags);
+    assert_eq!((code, err.as_str()), (0, ""));
+    fs::write(&path, &json).unwrap();
+    let file = path.to_str().unwrap();
+    assert_eq!(
+        run(&["run", "--config", file, "--print-config"]),
+        (0, json, String::new())
+    );
+    let (_, json, _) = run(&["run", "--config", file, "--memory", "2G", "--print-config"]);
+    let value: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&value["memory"], &value["cpus"]), (&"2G".into(), &1.into()));
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn help_shows_examples_and_every_exit_code() {
+    let (code, help, _) = run(&["run", "--help"]);
+    assert_eq!(code, 0);
+    assert!(help.contains("cvmm run --platform soft --kernel"));
+    assert!(help.contains(&vmm::ending::exit_code_table()));
+    assert_eq!(
+        run(&["--version"]).1,
+        format!("cvmm {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn doctor_agrees_with_itself_in_text_json_and_exit_code() {
+    let (code, json, _) = run(&["doctor", "--json"]);
+    let report: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(report["schema"], 1);
+    let usable = |name: &str| report["usable"][name].as_bool().unwrap();
+    let any = ["soft", "snp", "tdx"].into_iter().any(usable);
+    assert_eq!(code, if any { 0 } else { 20 });
+    for name in ["soft", "snp", "tdx"] {
+        let expected = if usable(name) { 0 } else { 20 };
+        assert_eq!(run(&["doctor", "--for", name]).0, expected, "{name}");
+    }
+    for check in report["checks"].as_array().unwrap() {
+        let bad = check["status"] != "ok";
+        assert_eq!(check["remedy"].is_string(), bad, "{check}");
+        assert!(!check["found"].as_str().unwrap().is_empty(), "{check}");
+    }
+    let (_, text, _) = run(&["doctor"]);
+    assert!(text.contains("kvm.module") && text.contains("A stock guest can run here:"));
+}
+
+#[test]
+fn a_failure_is_told_as_events_too() {
+    let dir = directory("events");
+    let log = dir.join("events");
+    let sink = log.to_str().unwrap();
+    let (code, _, err) = run(&["run", "--kernel", "/nonexistent", "--events", sink]);
+    assert_eq!(code, 2);
+    let text = fs::read_to_string(&log).unwrap();
+    let events: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(events.len(), 2, "{text}");
+    let message = format!("cvmm: {}\n", events[0]["message"].as_str().unwrap());
+    assert_eq!(
+        (&events[0]["event"], &events[0]["code"], message),
+        (&"error".into(), &2.into(), err)
+    );
+    assert_eq!(
+        (&events[1]["event"], &events[1]["code"]),
+        (&"stopped".into(), &2.into())
+    );
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn an_inherited_descriptor_gets_the_events() {
+    let (mut reader, writer) = pipe().unwrap();
+    let mut command = cvmm(&["run", "--kernel", "/nonexistent", "--events", "fd:1"]);
+    command.stdout(OwnedFd::from(writer)).stderr(Stdio::null());
+    assert_eq!(command.status().unwrap().code(), Some(2));
+    drop(command);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text.lines().count(), 2, "{text}");
+    assert!(
+        text.lines()
+            .all(|line| serde_json::from_str::<Value>(line).is_ok())
+    );
+}
+
+#[test]
+fn a_locked_disk_ends_with_code_21_and_a_host_without_kvm_with_20() {
+    let dir = directory("codes");
+    let kernel = kernel(&dir);
+    let image = dir.join("image");
+    let file = File::create(&image).unwrap();
+    file.set_len(4096).unwrap();
+    file.lock().unwrap();
+    let disk = image.to_str().unwrap();
+    let args = [
+        "run",
+        "--platform",
+        "soft",
+        "--console",
+        "none",
+        "--kernel",
+        &kernel,
+        "--disk",
+        disk,
+    ];
+    let (code, _, err) = run(&args);
+    assert_eq!(code, 21, "{err}");
+    drop(file);
+
+    // Nobody may open /dev/kvm as this user; where the test is not root it may not change users.
+    let mut command = cvmm(&args[..args.len() - 2]);
+    let own = fs::metadata("/proc/self")
+        .map(|m| std::os::unix::fs::MetadataExt::uid(&m))
+        .unwrap();
+    let missing = !std::path::Path::new("/dev/kvm").exists();
+    if own == 0 {
+        command.uid(65534).gid(65534);
+        fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    if own == 0 || missing {
+        let output = command.output();
+        match output {
+            Ok(output) => {
+                let (code, _, err) = told(output);
+                assert_eq!(code, 20, "{err}");
+                assert!(err.starts_with("cvmm: /dev/kvm: ") && err.contains("; "), "{err}");
+            }
+            // The build directory may be closed to other users.
+            Err(e) => println!("skipped: cannot run cvmm as another user: {e}"),
+        }
+    } else {
+        println!("skipped: only root can take /dev/kvm away from cvmm");
+    }
+    fs::remove_dir_all(dir).unwrap();
+}
