@@ -4,7 +4,8 @@ use super::config::{ConfigSpace, Identity, MemoryBar};
 use super::{WINDOW_BYTES, WINDOW_START};
 use crate::bus::BusDevice;
 
-/// Length of every BAR. Slots are laid out at this distance, so that addresses follow from slot numbers.
+/// Length of every BAR. The first slot's lies at the start of the window and there are no gaps, because a guest
+/// that removes a function and scans the bus again looks for the lowest place that is free: it finds the same.
 pub const BAR_BYTES: u32 = 0x8000;
 /// Interrupt lines of each slot.
 pub const LINES_PER_SLOT: u32 = 64;
@@ -37,7 +38,8 @@ pub struct Slot {
 
 impl Slot {
     fn new(number: u8) -> Self {
-        let bar_offset = u64::from(number).saturating_mul(u64::from(BAR_BYTES));
+        let before = u64::from(number.saturating_sub(1));
+        let bar_offset = before.saturating_mul(u64::from(BAR_BYTES));
         Self {
             number,
             bar: MemoryBar {
@@ -193,7 +195,7 @@ mod tests {
         }
         assert_eq!(slots.len(), 31);
         assert_eq!(root.next_slot(), Err(BusFull));
-        assert_eq!((slots[0].bar.start, slots[0].first_line), (0xc000_8000, 64));
+        assert_eq!((slots[0].bar.start, slots[0].first_line), (0xc000_0000, 64));
         for pair in slots.windows(2) {
             assert_eq!(pair[0].bar.start + pair[0].bar.bytes, pair[1].bar.start);
             assert_eq!(pair[0].first_line + LINES_PER_SLOT, pair[1].first_line);

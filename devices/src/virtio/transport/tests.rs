@@ -24,7 +24,7 @@ use crate::virtio::device::feature;
 use crate::virtio::mock::{self, MockRing};
 
 const MSI: u64 = 0xfee0_0000;
-const BAR: u64 = 0xc000_8000;
+const BAR: u64 = 0xc000_0000;
 const QUEUES: [u16; 2] = [64, 8];
 /// A feature of the toy's own.
 const TOY_FEATURE: u64 = 1 << 5;
@@ -459,6 +459,6 @@ fn devices_that_do_not_fit_are_refused_by_name() {
     let error = attach("last", 1, &mut mmio).unwrap_err();
     assert!(matches!(error, AttachError::Slot { name, .. } if name == "last"));
     let mut data = [0; 2];
-    mmio.read(0xc000_0000 + 31 * 0x8000 + 0x12, &mut data);
+    mmio.read(0xc000_0000 + 30 * 0x8000 + 0x12, &mut data);
     assert_eq!(u16::from_le_bytes(data), 256);
 }

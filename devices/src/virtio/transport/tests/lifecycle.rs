@@ -209,7 +209,7 @@ fn c01_c04_c10_c11_c50_a_broken_queue_stops_its_device_until_reset() {
                 b.rings[0].descriptor(0, BAR, 1, 0, 0);
                 b.rings[0].offer(0);
             },
-            "descriptor chain 0 points at 0xc0008000+0x1",
+            "descriptor chain 0 points at 0xc0000000+0x1",
         ),
         (
             "C50 ring turned private",
