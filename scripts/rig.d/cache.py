@@ -44,7 +44,10 @@ def made(name, make):
         if final.exists():
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
+        prefix = f".new-{key(name)}-"
+        for abandoned in final.parent.glob(f"{prefix}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        fresh = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         try:
             make(fresh)
             fresh.chmod(0o755)

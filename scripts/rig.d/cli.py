@@ -3,6 +3,8 @@
 import argparse
 import signal
 import sys
+import termios
+import tty
 from pathlib import Path
 
 import lifetime
@@ -13,10 +15,14 @@ from report import RigError
 USAGE = """\
 scripts/rig [OPTION]... -- COMMAND...     boot L1, run COMMAND in it, end L1; gives COMMAND's output and exit code
 scripts/rig up [OPTION]... [--name N]     boot an L1 that stays (for --lifetime seconds)
-scripts/rig exec [--name N] [--timeout S] [--stdin] -- COMMAND...
+scripts/rig exec [--name N] [--timeout S] [--env K=V]... [--stdin|--raw] -- COMMAND...
 scripts/rig push [--name N] SRC[:DST]...  put files into L1 (DST: a path, /root/NAME when left out)
 scripts/rig pull [--name N] SRC DST       get a file out of L1
 scripts/rig console|list|down [--name N]  L1's kernel log; the L1s that are up; end one
+
+OPTION: --snp | --tdx (an emulated SNP or TDX host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
+--with-qemu (QEMU in L1 as /opt/qemu/run), --append WORDS (for L1's kernel), --timeout S, --env K=V, --stdin, and
+--raw (each key goes to COMMAND at once, as a guest's console wants it; Ctrl-] ends).
 
 L1 is Debian's newest kernel with KVM and busybox. Its console and QEMU's messages are in the L1's folder
 under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
@@ -43,6 +49,7 @@ def _parser(verb):
     if verb in ("run", "exec"):
         parser.add_argument("--timeout", type=float, default=0, metavar="S")
         parser.add_argument("--stdin", action="store_true")
+        parser.add_argument("--raw", action="store_true", help="--stdin, each key at once; Ctrl-] ends")
         parser.add_argument("--env", action="append", default=[], metavar="K=V")
     if verb in ("push", "pull"):
         parser.add_argument("paths", nargs="+")
@@ -87,8 +94,16 @@ def _pairs(paths):
 
 
 def _command(folder, options, words):
-    stdin = sys.stdin.fileno() if options.stdin else None
-    return session.Session(folder, words, options.timeout, stdin, options.env).run()
+    stdin = sys.stdin.fileno() if options.stdin or options.raw else None
+    command = session.Session(folder, words, options.timeout, stdin, options.env)
+    if not (options.raw and sys.stdin.isatty()):
+        return command.run()
+    before = termios.tcgetattr(stdin)
+    try:
+        tty.setraw(stdin)
+        return command.run()
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
 
 
 def _run(options, words):

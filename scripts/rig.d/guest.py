@@ -14,7 +14,7 @@ from report import RigError, say
 FLAVOURS = {"amd64": "amd64", "cloud": "cloud-amd64"}
 NEEDED = "virtio_pci virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng virtio_console ext4".split()
 # A flavour of the kernel may leave these out; the test that needs one then says so.
-WANTED = "button evdev virtio_input sev-guest tdx-guest".split()
+WANTED = "virtio_mmio button evdev virtio_input sev-guest tdx-guest".split()
 DISK_MIB = 1024
 HERE = Path(__file__).parent
 

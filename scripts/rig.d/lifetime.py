@@ -106,11 +106,14 @@ def _guard(spec, folder, lifetime, started):
     (folder / "pid").write_text(str(os.getpid()))
     process = machine.start(spec, folder)
     select.select([started], [], [])
-    if os.read(started, 1) == b"k":
+    wanted = os.read(started, 1) == b"k"
+    if wanted:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=lifetime)
     process.kill()
     (folder / "pid").unlink(missing_ok=True)
+    if not wanted:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 

@@ -21,6 +21,7 @@ from report import RigError
 MAGIC = b"CVMMRIG1"
 CHUNK = 64 << 10
 BLOCK = 4096
+ESCAPE = b"\x1d"  # Ctrl-]
 # Beyond a command's own limit: the agent ends it, and only a dead L1 does not answer in this time.
 SLACK_SECONDS = 30
 
@@ -132,6 +133,8 @@ class Session:
 
     def _send_input(self, selector, client):
         data = os.read(self.stdin, CHUNK)
+        if os.isatty(self.stdin) and ESCAPE in data:
+            raise KeyboardInterrupt
         client.sendall(_frame(b"I", data) if data else _frame(b"E", b""))
         if not data:
             with contextlib.suppress(KeyError):
