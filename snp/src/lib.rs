@@ -8,6 +8,7 @@ pub mod commands;
 pub mod cpuid_page;
 pub mod error;
 pub mod exit;
+pub mod explain;
 pub mod host;
 pub mod id_block;
 pub mod ioctl;

@@ -68,6 +68,20 @@ pub enum PageType {
     Cpuid = 6,
 }
 
+impl PageType {
+    /// Name in the firmware's specification.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "NORMAL",
+            Self::Vmsa => "VMSA",
+            Self::Zero => "ZERO",
+            Self::Unmeasured => "UNMEASURED",
+            Self::Secrets => "SECRETS",
+            Self::Cpuid => "CPUID",
+        }
+    }
+}
+
 impl From<PageKind> for PageType {
     fn from(kind: PageKind) -> Self {
         match kind {
