@@ -133,12 +133,23 @@ pub trait Launch {
 }
 
 /// What the machine does after a platform exit.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlatformFlow {
     /// Enter the guest again.
     Resume,
+    /// Let KVM finish what the exit interrupted without running the guest, then drop this and go on.
+    Finish(Box<dyn Send>),
     /// The guest ended itself; the reason in words, safe to print.
     Terminated(String),
+}
+
+impl std::fmt::Debug for PlatformFlow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Resume => f.write_str("Resume"),
+            Self::Finish(_) => f.write_str("Finish"),
+            Self::Terminated(why) => f.debug_tuple("Terminated").field(why).finish(),
+        }
+    }
 }
 
 /// Phase 3, shared by all vCPU threads.

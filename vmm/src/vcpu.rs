@@ -19,11 +19,20 @@ pub trait Enter {
     /// # Errors
     /// The guest could not be entered.
     fn enter(&mut self) -> Result<Exit<'_>, RunError>;
+    /// Lets KVM finish what the last exit interrupted, without running the guest.
+    ///
+    /// # Errors
+    /// The guest could not be entered.
+    fn finish(&mut self) -> Result<Exit<'_>, RunError>;
 }
 
 impl Enter for Vcpu {
     fn enter(&mut self) -> Result<Exit<'_>, RunError> {
         Vcpu::enter(self)
+    }
+
+    fn finish(&mut self) -> Result<Exit<'_>, RunError> {
+        Vcpu::finish(self)
     }
 }
 
@@ -106,7 +115,25 @@ pub struct Memory {
 /// # Errors
 /// The VM must end; nothing that a guest can do lands here on a sane host, but for faults that never end.
 pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result<Flow, VcpuError> {
-    let exit = vcpu.enter()?;
+    let mut next = serve(vcpu.enter()?, memory, to)?;
+    loop {
+        match next {
+            Served::Flow(flow) => return Ok(flow),
+            Served::Finish(until_done) => {
+                next = serve(vcpu.finish()?, memory, to)?;
+                drop(until_done);
+            }
+        }
+    }
+}
+
+/// What serving an exit leads to.
+enum Served {
+    Flow(Flow),
+    Finish(Box<dyn Send>),
+}
+
+fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, VcpuError> {
     if !matches!(exit, Exit::WrongSide { .. } | Exit::Interrupted) {
         memory.last_fault = None;
     }
@@ -137,16 +164,17 @@ pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result
         Exit::WrongSide { range, wants } => wrong_side(range, wants, memory, to)?,
         Exit::Platform(exit) => {
             return Ok(match to.platform.handle_exit(exit)? {
-                PlatformFlow::Resume => Flow::Resume,
-                PlatformFlow::Terminated(why) => Flow::Terminated(why),
+                PlatformFlow::Resume => Served::Flow(Flow::Resume),
+                PlatformFlow::Finish(until_done) => Served::Finish(until_done),
+                PlatformFlow::Terminated(why) => Served::Flow(Flow::Terminated(why)),
             });
         }
         Exit::Interrupted => {}
-        Exit::Shutdown => return Ok(Flow::Crashed),
+        Exit::Shutdown => return Ok(Served::Flow(Flow::Crashed)),
         Exit::EntryFailed(reason) => return Err(VcpuError::EntryFailed(reason)),
         Exit::Internal { suberror, data } => return Err(VcpuError::Internal { suberror, data }),
     }
-    Ok(Flow::Resume)
+    Ok(Served::Flow(Flow::Resume))
 }
 
 /// Converts on first touch; a page that already is where the guest wants it may just have been converted by
@@ -237,6 +265,9 @@ mod tests {
 
     struct Script(Scripted);
     impl Enter for Script {
+        fn finish(&mut self) -> Result<Exit<'_>, RunError> {
+            Ok(Exit::Interrupted)
+        }
         fn enter(&mut self) -> Result<Exit<'_>, RunError> {
             Ok(match &mut self.0 {
                 Scripted::PioIn(port, size, data) => Exit::PioIn {

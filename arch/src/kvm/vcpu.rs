@@ -249,6 +249,16 @@ impl Vcpu {
         decode(reason, self.body()).ok_or(RunError::UnknownExit { index, reason })
     }
 
+    /// Lets KVM finish what the last exit interrupted, without running the guest. Usually that leaves nothing to
+    /// serve ([`Exit::Interrupted`]), but it may be the next part of a long request.
+    ///
+    /// # Errors
+    /// As for [`enter`](Self::enter).
+    pub fn finish(&mut self) -> Result<Exit<'_>, RunError> {
+        self.fd.set_kvm_immediate_exit(1);
+        self.enter()
+    }
+
     /// The union of `kvm_run` as bytes.
     fn body(&mut self) -> &mut [u8; 256] {
         let union = &raw mut self.fd.get_kvm_run().__bindgen_anon_1;

@@ -36,8 +36,8 @@ impl Ground {
         let mut table = host
             .supported_cpuid()
             .map_err(RunError::host("asking KVM for CPUID"))?;
+        table = cpuid::machine_v1(table, cpus);
         platform.adapt_cpuid(&mut table);
-        let table = cpuid::machine_v1(table, cpus);
         let vm = Vm::create(host, platform.vm_type()).map_err(RunError::host("creating the VM"))?;
         let vm = Arc::new(vm);
         let ranges =

@@ -1,0 +1,79 @@
+//! `soft`: an ordinary VM. The launch image is copied into RAM, and visibility is enforced by cvmm alone.
+
+use arch::addr::Gpa;
+use arch::exit::PlatformExit;
+use arch::kvm::vcpu::Vcpu;
+use arch::platform::{Foundation, Launch, LaunchPage, Platform, PlatformError, PlatformFlow, Sealed};
+use arch::x86::cpuid::CpuidTable;
+use arch::x86::regs::BootState;
+use vm_memory::{Bytes, GuestAddress};
+
+/// `KVM_X86_DEFAULT_VM`.
+const DEFAULT_VM: u64 = 0;
+
+/// The platform.
+#[derive(Debug)]
+pub(super) struct Soft;
+
+impl Platform for Soft {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn vm_type(&self) -> u64 {
+        DEFAULT_VM
+    }
+
+    fn private_memory(&self) -> bool {
+        false
+    }
+
+    fn adapt_cpuid(&self, _: &mut CpuidTable) {}
+
+    fn begin(&self, on: Foundation) -> Result<Box<dyn Launch>, PlatformError> {
+        Ok(Box::new(SoftLaunch(on)))
+    }
+}
+
+struct SoftLaunch(Foundation);
+
+fn failed(step: String, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> PlatformError {
+    PlatformError {
+        platform: "soft",
+        step,
+        source: source.into(),
+    }
+}
+
+impl Launch for SoftLaunch {
+    fn add_page(&mut self, page: &mut LaunchPage) -> Result<(), PlatformError> {
+        let Gpa(at) = page.range.start();
+        self.0
+            .ram
+            .map()
+            .write_slice(&page.bytes, GuestAddress(at))
+            .map_err(|e| failed(format!("placing {} at {at:#x}", page.name), e))
+    }
+
+    fn add_vcpu(&mut self, vcpu: &mut Vcpu, state: &BootState) -> Result<(), PlatformError> {
+        // An application processor waits for INIT, which keeps the MSRs that this sets.
+        vcpu.set_state(state)
+            .map_err(|e| failed(format!("setting the registers of vCPU {}", vcpu.index()), e))
+    }
+
+    fn seal(self: Box<Self>) -> Result<Box<dyn Sealed>, PlatformError> {
+        Ok(Box::new(SoftSealed))
+    }
+}
+
+#[derive(Debug)]
+struct SoftSealed;
+
+impl Sealed for SoftSealed {
+    fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
+        Err(failed(
+            format!("serving exit {}", exit.reason),
+            "an ordinary VM has no such exit",
+        ))
+    }
+}
