@@ -65,17 +65,12 @@ pub fn sanitise(table: &mut CpuidTable) {
     });
 }
 
-/// Leaves that belong to the hypervisor and not to firmware.
-fn hypervisor(leaf: u32) -> bool {
-    (0x4000_0000..0x4001_0000).contains(&leaf)
-}
-
 /// The page for `table`. Answers that are all zero are left out, which means the same to the guest.
 ///
 /// # Errors
 /// More answers than fit.
 pub fn build(table: &CpuidTable) -> Result<Vec<u8>, TooManyEntries> {
-    let given = |e: &&CpuidEntry| !hypervisor(e.leaf) && e.eax | e.ebx | e.ecx | e.edx != 0;
+    let given = |e: &&CpuidEntry| e.eax | e.ebx | e.ecx | e.edx != 0;
     let entries: Vec<&CpuidEntry> = table.0.iter().filter(given).collect();
     let count = entries.len();
     let stated = u32::try_from(count).ok().filter(|_| count <= MAX_ENTRIES);
@@ -264,16 +259,18 @@ mod tests {
             entry(0xd, Some(2), [0x100, 0x240, 0, 0]),
         ]);
         let page = build(&table).unwrap();
-        assert_eq!((page.len(), le32(&page, 0)), (PAGE, Some(3)));
+        assert_eq!((page.len(), le32(&page, 0)), (PAGE, Some(4)));
         let words: Vec<u32> = page
             .chunks(4)
             .skip(4)
-            .take(36)
+            .take(48)
             .map(|w| le32(w, 0).unwrap())
             .collect();
         assert_eq!(words[..12], [0, 0, 0, 0, 0, 0, 0x10, 1, 2, 3, 0, 0]);
-        assert_eq!(words[12..24], [0xd, 0, 1, 0, 0, 0, 7, 0x240, 0x340, 0, 0, 0]);
-        assert_eq!(words[24..36], [0xd, 2, 0, 0, 0, 0, 0x100, 0x240, 0, 0, 0, 0]);
+        // The hypervisor's own leaves: without them the guest does not know that it runs on KVM.
+        assert_eq!(words[12..24], [0x4000_0000, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]);
+        assert_eq!(words[24..36], [0xd, 0, 1, 0, 0, 0, 7, 0x240, 0x340, 0, 0, 0]);
+        assert_eq!(words[36..48], [0xd, 2, 0, 0, 0, 0, 0x100, 0x240, 0, 0, 0, 0]);
     }
 
     #[test]
