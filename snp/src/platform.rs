@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::certs::CertFile;
 use crate::cpuid_page;
+use crate::error::SnpError;
 use crate::exit::{CertAnswer, CertRequest, OwnReasons, SnpExit};
 use crate::host;
 use crate::ioctl::KvmSev;
@@ -100,6 +101,7 @@ impl Platform for Snp {
             launching,
             guest,
             cpuid: on.cpuid,
+            corrected: false,
             digest,
         }))
     }
@@ -109,21 +111,49 @@ struct SnpLaunch {
     launching: Launching<KvmSev>,
     guest: Guest,
     cpuid: CpuidTable,
+    /// Firmware changed values of `cpuid`, which the vCPUs must see too.
+    corrected: bool,
     digest: Arc<Mutex<Option<Measurement>>>,
+}
+
+impl SnpLaunch {
+    /// Adds the CPUID page. Where firmware wants other values, it gets them, the vCPUs too, and the log says so:
+    /// the guest believes only what firmware has checked, and the host cannot offer more than that anyway.
+    fn add_cpuid(&mut self, page: &mut LaunchPage) -> Result<(), SnpError> {
+        match self.launching.add(page) {
+            Err(SnpError::CpuidRejected { corrections, .. }) => {
+                for correction in &corrections {
+                    log::warn!("firmware corrects the guest's CPUID: {correction}");
+                }
+                cpuid_page::accept(&corrections, &mut self.cpuid);
+                self.corrected = true;
+                self.launching.add(page)
+            }
+            other => other,
+        }
+    }
 }
 
 impl Launch for SnpLaunch {
     fn add_page(&mut self, page: &mut LaunchPage) -> Result<(), PlatformError> {
         let step = format!("adding \"{}\" at {:#x}", page.name, page.range.start().0);
-        if page.kind == PageKind::Cpuid && page.bytes.is_empty() {
-            // Not measured, so a plan leaves it to the host that launches.
-            page.bytes = cpuid_page::build(&self.cpuid).map_err(error(step.clone()))?;
+        if page.kind != PageKind::Cpuid {
+            return self.launching.add(page).map_err(error(step));
         }
-        self.launching.add(page).map_err(error(step))
+        if page.bytes.is_empty() {
+            // Not measured, so a plan leaves it to the host that launches.
+            let table = self.cpuid.clone().for_vcpu(0);
+            page.bytes = cpuid_page::build(&table).map_err(error(step.clone()))?;
+        }
+        self.add_cpuid(page).map_err(error(step))
     }
 
     fn add_vcpu(&mut self, vcpu: &mut Vcpu, state: &BootState) -> Result<(), PlatformError> {
         let index = vcpu.index();
+        if self.corrected {
+            vcpu.set_cpuid(&self.cpuid.clone().for_vcpu(index))
+                .map_err(error(format!("setting CPUID of vCPU {index}")))?;
+        }
         vcpu.set_state(state)
             .map_err(error(format!("setting the registers of vCPU {index}")))?;
         if index != 0 {
@@ -153,15 +183,18 @@ struct Guest {
 }
 
 impl Guest {
-    fn certificates(&self, request: CertRequest<'_>) {
+    /// Answers; the lock on the file must be held until firmware has made the report.
+    fn certificates(&self, request: CertRequest<'_>) -> Option<File> {
         let Some(file) = &self.certs else {
-            return request.answer(CertAnswer::Failed);
+            request.answer(CertAnswer::Failed);
+            return None;
         };
         let at = GuestAddress(request.gpa().0);
         let served = file.serve(request.pages(), |table| {
             self.shared.write_slice(table, at).is_ok()
         });
         request.answer(served.answer);
+        served.lock
     }
 }
 
@@ -185,10 +218,10 @@ impl Sealed for Guest {
             Some(SnpExit::Terminated(termination)) => {
                 Ok(PlatformFlow::Terminated(termination.words(self.reasons)))
             }
-            Some(SnpExit::Certificates(request)) => {
-                self.certificates(request);
-                Ok(PlatformFlow::Resume)
-            }
+            Some(SnpExit::Certificates(request)) => Ok(match self.certificates(request) {
+                Some(lock) => PlatformFlow::Finish(Box::new(lock)),
+                None => PlatformFlow::Resume,
+            }),
             None => Err(error("handling an exit")(unknown)),
         }
     }

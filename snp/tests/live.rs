@@ -170,7 +170,7 @@ fn launch(machine: &Machine, vcpus: u32, config: LaunchConfig) -> Result<(Measur
     let end = sealed.handle_exit(exit).unwrap();
     match end {
         PlatformFlow::Terminated(words) => Ok((digest, words)),
-        PlatformFlow::Resume => panic!("resumed"),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -15,7 +15,6 @@ const LEAF_PERFMON: u32 = 0xa;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_AMD_SIZES: u32 = 0x8000_0008;
-const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 const LEVEL_THREAD: u32 = 1 << 8;
 const LEVEL_CORE: u32 = 2 << 8;
@@ -68,22 +67,6 @@ pub fn machine_v1(mut table: CpuidTable, cpus: u32) -> CpuidTable {
     table
 }
 
-/// The same table as vCPU `index` sees it: with its own APIC id.
-pub fn for_vcpu(mut table: CpuidTable, index: u32) -> CpuidTable {
-    for entry in &mut table.0 {
-        match entry.leaf {
-            1 => entry.ebx = entry.ebx & 0x00ff_ffff | index.min(255) << 24,
-            LEAF_TOPOLOGY => entry.edx = index,
-            LEAF_AMD_TOPOLOGY => {
-                entry.eax = index;
-                entry.ebx = index.min(255);
-            }
-            _ => {}
-        }
-    }
-    table
-}
-
 /// True if the guest's page tables may have 1 GiB pages (CPUID 0x80000001 EDX bit 26).
 pub fn has_gib_pages(table: &CpuidTable) -> bool {
     table.get(0x8000_0001, 0).is_some_and(|e| e.edx & 1 << 26 != 0)
@@ -113,7 +96,7 @@ mod tests {
                 ..Default::default()
             },
         ]);
-        let table = for_vcpu(machine_v1(host, 6), 5);
+        let table = machine_v1(host, 6).for_vcpu(5);
         let one = table.get(1, 0).unwrap();
         assert_eq!(
             (one.ebx, one.ecx & ECX_MONITOR, one.edx & EDX_HTT),

@@ -1,9 +1,12 @@
 //! The one place that knows which platforms exist.
 
-mod snp;
 mod soft;
 
+use std::sync::Arc;
+
 use arch::platform::Platform;
+use shim::reason::Reason;
+use snp::platform::Snp;
 
 use crate::plan::Mode;
 use crate::spec::PlatformSpec;
@@ -12,7 +15,15 @@ use crate::spec::PlatformSpec;
 pub fn open(spec: &PlatformSpec) -> Box<dyn Platform> {
     match spec {
         PlatformSpec::Soft => Box::new(soft::Soft),
-        PlatformSpec::Snp(spec) => Box::new(snp::Snp::new(spec)),
+        PlatformSpec::Snp(spec) => {
+            let words = |code| Reason::from_code(code).map(|reason| reason.to_string());
+            Box::new(Snp::new(
+                Arc::clone(&spec.sev),
+                spec.config.clone(),
+                spec.certs.clone(),
+                words,
+            ))
+        }
     }
 }
 

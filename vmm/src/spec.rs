@@ -24,7 +24,7 @@ use net::{NetError, NetSpec};
 use payload::{Payload, PayloadError};
 use size::SizeError;
 use snp::{SnpOptionError, SnpSpec};
-use socket::{Listener, SocketError};
+use socket::SocketError;
 
 use crate::config::{Config, Console, Devices, PlatformName, Size, Vsock};
 use crate::ending::ExitClass;
@@ -92,7 +92,7 @@ pub struct VsockSpec {
     /// The guest's context id, 3 to 2^32 - 2.
     pub cid: u32,
     /// Where the host says `CONNECT PORT`. A guest's connection to port P goes to its path with `_P` appended.
-    pub listener: Listener,
+    pub uds: PathBuf,
 }
 
 /// A machine that cannot be built.
@@ -276,16 +276,9 @@ impl CheckedDevices {
     fn open(self, devices: Devices) -> Result<DeviceSpecs, SpecError> {
         let console = devices.console.unwrap_or(Console::Stdio);
         let nets = self.nets.into_iter().map(net::Checked::open);
-        let vsock = devices.vsock.map(|vsock| {
-            let listener = Listener::bind("vsock", &vsock.uds);
-            listener.map(|listener| VsockSpec {
-                cid: vsock.cid,
-                listener,
-            })
-        });
         Ok(DeviceSpecs {
             nets: nets.collect::<Result<_, _>>()?,
-            vsock: vsock.transpose()?,
+            vsock: devices.vsock.map(|Vsock { cid, uds }| VsockSpec { cid, uds }),
             disks: self.disks,
             rng: devices.rng,
             has_console: console != Console::None,

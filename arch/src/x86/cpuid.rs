@@ -26,6 +26,26 @@ impl CpuidTable {
             .find(|e| e.leaf == leaf && e.subleaf.unwrap_or(subleaf) == subleaf)
     }
 
+    /// The table of vCPU 0 as vCPU `index` sees it: with its own APIC id (Intel SDM volume 2, "CPUID"; AMD64 APM
+    /// volume 3, function 0x8000001E).
+    #[must_use]
+    pub fn for_vcpu(mut self, index: u32) -> Self {
+        const TOPOLOGY: u32 = 0xb;
+        const AMD_TOPOLOGY: u32 = 0x8000_001e;
+        for entry in &mut self.0 {
+            match entry.leaf {
+                1 => entry.ebx = entry.ebx & 0x00ff_ffff | index.min(255) << 24,
+                TOPOLOGY => entry.edx = index,
+                AMD_TOPOLOGY => {
+                    entry.eax = index;
+                    entry.ebx = index.min(255);
+                }
+                _ => {}
+            }
+        }
+        self
+    }
+
     /// All entries of `leaf`, to change them.
     pub fn leaf_mut(&mut self, leaf: u32) -> impl Iterator<Item = &mut CpuidEntry> {
         self.0.iter_mut().filter(move |e| e.leaf == leaf)

@@ -88,7 +88,7 @@ impl Ground {
         (0..cpus)
             .map(|index| {
                 let vcpu = self.vm.create_vcpu(index)?;
-                vcpu.set_cpuid(&cpuid::for_vcpu(self.cpuid.clone(), index))?;
+                vcpu.set_cpuid(&self.cpuid.clone().for_vcpu(index))?;
                 Ok(vcpu)
             })
             .collect::<io::Result<_>>()

@@ -16,6 +16,7 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::input::{PowerButton, VirtioPowerButton};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::transport::{VirtioPci, Wires};
+use devices::virtio::vsock::Vsock;
 use shim::layout;
 
 use super::inbox::{Inbox, Note};
@@ -23,7 +24,7 @@ use super::wires::{KvmWires, ToMain};
 use crate::ending::RunError;
 use crate::event_loop::EventLoop;
 use crate::ram::GuestRam;
-use crate::spec::{DeviceSpecs, VsockSpec};
+use crate::spec::DeviceSpecs;
 
 /// Everything outside the vCPUs.
 #[derive(Debug)]
@@ -98,10 +99,9 @@ impl Periphery {
             fitter.attach(&format!("net{index}"), Box::new(device))?;
         }
         if let Some(vsock) = &specs.vsock {
-            fitter.attach(
-                "vsock",
-                open_vsock(vsock).map_err(RunError::host("opening vsock"))?,
-            )?;
+            let device = Vsock::open(vsock.cid.into(), &vsock.uds);
+            let device = device.map_err(|e| RunError::host("opening vsock")(io::Error::other(e)))?;
+            fitter.attach("vsock", Box::new(device))?;
         }
         if specs.rng {
             let rng = VirtioRng::new().map_err(RunError::host("opening the random number device"))?;
@@ -167,8 +167,4 @@ fn serial_number(index: usize) -> [u8; 20] {
         *to = from;
     }
     id
-}
-
-fn open_vsock(_: &VsockSpec) -> io::Result<Box<dyn VirtioDevice>> {
-    Err(io::Error::other("not yet"))
 }

@@ -2,23 +2,14 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::file::{describe, reason};
 
 /// Longest path of a Unix socket: 108 bytes with the NUL (unix(7)).
 const PATH_MAX: usize = 107;
-
-/// A socket that cvmm listens on. Dropping it removes the path, if that is still this socket.
-#[derive(Debug)]
-pub struct Listener {
-    /// The listening socket.
-    pub socket: UnixListener,
-    path: PathBuf,
-    inode: u64,
-}
 
 /// A socket path that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -92,54 +83,5 @@ pub(super) fn check_free(role: &'static str, path: &Path) -> Result<(), SocketEr
             role,
             path: path.into(),
         }),
-    }
-}
-
-impl Listener {
-    /// Listens at `path`. A socket that nobody listens on any more, as a killed process leaves it, is replaced.
-    ///
-    /// # Errors
-    /// See [`SocketError`].
-    pub fn bind(role: &'static str, path: &Path) -> Result<Self, SocketError> {
-        check_free(role, path)?;
-        let unusable = |cause| SocketError::Unusable {
-            role,
-            path: path.into(),
-            cause,
-        };
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(unusable(e)),
-            _ => {}
-        }
-        let socket = UnixListener::bind(path).map_err(|cause| {
-            if cause.kind() == ErrorKind::AddrInUse {
-                SocketError::Busy {
-                    role,
-                    path: path.into(),
-                }
-            } else {
-                unusable(cause)
-            }
-        })?;
-        let inode = fs::symlink_metadata(path).map_err(unusable)?.ino();
-        Ok(Self {
-            socket,
-            path: path.into(),
-            inode,
-        })
-    }
-
-    /// Where it listens.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode);
-        if ours && let Err(e) = fs::remove_file(&self.path) {
-            log::warn!("socket {}: left behind: {e}", self.path.display());
-        }
     }
 }
