@@ -6,7 +6,7 @@
 )]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use arch::addr::{Gpa, PageRange};
 use arch::mem::{SharedMem, Visibility, VisibilityMap};
@@ -42,6 +42,16 @@ pub fn memory() -> (SharedMem, Arc<VisibilityMap>) {
 /// A page range that is known to be good.
 pub fn pages(at: u64, len: u64) -> PageRange {
     PageRange::new(Gpa(at), len).unwrap()
+}
+
+/// Tells another thread to stop, also when the test fails, which would otherwise wait for it for ever.
+#[derive(Debug)]
+pub struct Stop<'a>(pub &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// Counts interrupts.

@@ -7,11 +7,13 @@
 )]
 
 use std::io::{Read, Write};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use arch::mem::Visibility;
 
 use super::*;
-use crate::virtio::mock::{HIGH, HIGH_END, INDIRECT, LOW_END, MockRing, NEXT, WRITE, memory, pages};
+use crate::virtio::mock::{HIGH, HIGH_END, INDIRECT, LOW_END, MockRing, NEXT, Stop, WRITE, memory, pages};
 
 const RING: u64 = 0x10_0000;
 const SIZE: u16 = 8;
@@ -376,6 +378,47 @@ fn c30_what_the_guest_writes_after_the_pop_is_never_looked_at() {
     chain.writer(&mem).write_all(b"fine").unwrap();
     assert_eq!(&text, b"good");
     assert_eq!(ring.read(BUFFER + 0x100, 4), b"fine");
+}
+
+#[test]
+fn c31_a_second_vcpu_that_rewrites_the_tables_gets_only_checked_values_through() {
+    let (mem, visible) = memory();
+    visible.set(pages(PRIVATE, 0x1000), Visibility::Private);
+    let mut ring = MockRing::new(&mem, RING, SIZE);
+    let (mut queue, _) = ring.device_side(0, feature::INDIRECT_DESC);
+    let done = AtomicBool::new(false);
+    let rewriter = MockRing::new(&mem, 0x20_0000, SIZE);
+    ring.put(TABLE, 0, BUFFER, 16, 0, 0);
+    let (mut good, mut bad) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for (start, bytes, flags) in [(BUFFER, 16, 0), (PRIVATE, u32::MAX, NEXT), (BUFFER, 0, WRITE)]
+                {
+                    rewriter.put(TABLE, 0, start, bytes, flags, 1);
+                    rewriter.put(RING, 0, TABLE, bytes & !15, INDIRECT, 0);
+                    rewriter.put(RING, 0, start, bytes, flags, 0);
+                }
+            }
+        });
+        let _stop = Stop(&done);
+        let until = Instant::now() + Duration::from_secs(60);
+        // A broken queue stays where it is, so each round starts over at the same entry.
+        ring.offer(0);
+        while good < 1000 || bad < 1000 {
+            assert!(Instant::now() < until, "{good} good, {bad} bad");
+            match queue.pop(&mem) {
+                Err(_) => bad += 1,
+                Ok(chain) => {
+                    good += 1;
+                    for (start, bytes, _) in segments(&chain.unwrap()) {
+                        assert!(bytes > 0 && mem.all_shared(arch::addr::Gpa(start), u64::from(bytes)));
+                    }
+                    queue.unpop();
+                }
+            }
+        }
+    });
 }
 
 #[test]

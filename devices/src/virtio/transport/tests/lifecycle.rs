@@ -33,6 +33,7 @@ fn c20_the_status_register_only_goes_forward() {
             3,
         ),
         ("feature not offered", GOOD | 1 << 6, &[1, 3, 11], 3),
+        ("C17 packed ring", GOOD | 1 << 34, &[1, 3, 11], 3),
         ("feature 40 not offered", GOOD | 1 << 40, &[1, 3, 11], 3),
         ("reserved status bits", GOOD, &[0x31, 0x33], 3),
         ("NEEDS_RESET is not the driver's", GOOD, &[0x41], 1),
@@ -373,6 +374,7 @@ fn c22_c23_kicks_may_race_with_resets() {
             }
             kicks
         });
+        let stop = mock::Stop(&done);
         for _ in 0..2_000 {
             bench.start();
             bench.rings[0].send(&[b"A"], &[3]);
@@ -380,7 +382,7 @@ fn c22_c23_kicks_may_race_with_resets() {
             assert_eq!(bench.set_status(0), 0);
             assert_eq!(bench.alive.load(Ordering::SeqCst), 0);
         }
-        done.store(true, Ordering::Relaxed);
+        drop(stop);
         kicks = kicker.join().unwrap();
     });
     assert!(kicks > 0);
