@@ -55,7 +55,7 @@ pub trait VirtioDevice: Send {
 /// A device whose driver is up. Dropping it is the reset: no guest memory is touched once drop returns.
 ///
 /// The transport calls each method under one [`SharedMem::batch`] guard, so work must be bounded; a device
-/// that has more to do returns with its kick or backend descriptor readable again.
+/// that has more to do returns with its backend descriptor readable.
 pub trait Running: Send {
     /// The driver kicked `queue`.
     ///

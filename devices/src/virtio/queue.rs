@@ -11,13 +11,11 @@ mod tests;
 mod used;
 mod walk;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arch::mem::SharedMem;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::device::feature;
 pub use chain::{Chain, ChainIo, Segment};
@@ -144,7 +142,6 @@ pub struct VirtQueue {
     in_flight: InFlight,
     /// Used index at the last [`notify`](Self::notify).
     announced: u16,
-    kick: Option<Arc<EventFd>>,
 }
 
 impl VirtQueue {
@@ -158,23 +155,6 @@ impl VirtQueue {
             indirect: features & feature::INDIRECT_DESC != 0,
             irq,
             in_flight: InFlight::default(),
-            kick: None,
-        }
-    }
-
-    /// Gives the queue the event of its own kicks, for [`kick_again`](Self::kick_again).
-    #[must_use]
-    pub fn with_kick(mut self, kick: Arc<EventFd>) -> Self {
-        self.kick = Some(kick);
-        self
-    }
-
-    /// Makes [`on_kick`](super::device::Running::on_kick) be called again soon, as if the driver had kicked: for a
-    /// device that has more to do than one wake-up should.
-    pub fn kick_again(&self) {
-        if let Some(kick) = &self.kick {
-            // It fails only if 2^64 - 2 kicks are waiting, which is as good as one more.
-            let _ = kick.write(1);
         }
     }
 

@@ -26,7 +26,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Index of the first descriptor; what [`VirtQueue::push`] wants back.
+    /// Index of the first descriptor; what [`push`](super::VirtQueue::push) wants back.
     pub fn head(&self) -> u16 {
         self.head
     }

@@ -113,7 +113,7 @@ struct Core {
     slot: Slot,
     wires: Wires,
     msix: Arc<Msix>,
-    kicks: Vec<Arc<EventFd>>,
+    kicks: Vec<EventFd>,
     /// Holds the backend's descriptor only while the device runs, so that a backend with news for a device
     /// that cannot take them does not keep the event thread awake.
     gate: Option<Epoll>,
@@ -269,8 +269,8 @@ impl VirtioPci {
 }
 
 /// Kick events and backend gate of a device.
-fn events(queues: usize, device: &dyn VirtioDevice) -> io::Result<(Vec<Arc<EventFd>>, Option<Epoll>)> {
-    let kick = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
+fn events(queues: usize, device: &dyn VirtioDevice) -> io::Result<(Vec<EventFd>, Option<Epoll>)> {
+    let kick = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
     let kicks = std::iter::repeat_with(kick)
         .take(queues)
         .collect::<io::Result<_>>()?;
@@ -334,11 +334,7 @@ impl Core {
             msix: Arc::clone(&self.msix),
             vector: registers.vector,
         };
-        let queue = VirtQueue::new(index, ready, features, Box::new(irq));
-        Ok(Some(match self.kicks.get(usize::from(index)) {
-            Some(kick) => queue.with_kick(Arc::clone(kick)),
-            None => queue,
-        }))
+        Ok(Some(VirtQueue::new(index, ready, features, Box::new(irq))))
     }
 
     fn connect_kick(&self, queue: usize) {
