@@ -158,6 +158,10 @@ fn block_size(file: &File, request: libc::Ioctl) -> io::Result<u32> {
 
 /// True if the content of `file` is host memory, so that I/O is a copy and does not wait for a device.
 fn in_memory(file: &File) -> io::Result<bool> {
+    // The file system of a device's node, which is in memory, says nothing about the device.
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
     let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the kernel fills the structure during the call only.
     let rc = unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) };
@@ -218,4 +222,18 @@ pub(super) fn call(file: &File, flight: &Flight) -> i32 {
 
 fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO).saturating_neg()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_in_memory_because_its_node_is() {
+        assert!(!in_memory(&File::open("/dev/null").unwrap()).unwrap());
+        let name = format!("/dev/shm/cvmm-in-memory-{}", std::process::id());
+        let file = File::create(&name).unwrap();
+        std::fs::remove_file(name).unwrap();
+        assert!(in_memory(&file).unwrap());
+    }
 }
