@@ -11,6 +11,10 @@ use vm_memory::{Bytes, GuestAddress};
 /// `KVM_X86_DEFAULT_VM`.
 const DEFAULT_VM: u64 = 0;
 
+/// The leaf by which KVM on a host with SEV offers it to any guest: Linux believes it, reads SEV_STATUS before it
+/// can take an exception, and dies of the one that KVM raises for a VM without SEV.
+const MEMORY_ENCRYPTION: u32 = 0x8000_001f;
+
 /// The platform.
 #[derive(Debug)]
 pub(super) struct Soft;
@@ -28,7 +32,9 @@ impl Platform for Soft {
         false
     }
 
-    fn adapt_cpuid(&self, _: &mut CpuidTable) {}
+    fn adapt_cpuid(&self, cpuid: &mut CpuidTable) {
+        cpuid.0.retain(|entry| entry.leaf != MEMORY_ENCRYPTION);
+    }
 
     fn begin(&self, on: Foundation) -> Result<Box<dyn Launch>, PlatformError> {
         Ok(Box::new(SoftLaunch(on)))
@@ -75,5 +81,22 @@ impl Sealed for SoftSealed {
             format!("serving exit {}", exit.reason),
             "an ordinary VM has no such exit",
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arch::x86::cpuid::CpuidEntry;
+
+    #[test]
+    fn a_guest_without_protection_is_not_told_of_any() {
+        let entry = |leaf| CpuidEntry {
+            leaf,
+            ..Default::default()
+        };
+        let mut table = CpuidTable(vec![entry(1), entry(0x8000_001f), entry(0x8000_0020)]);
+        Soft.adapt_cpuid(&mut table);
+        assert_eq!(table, CpuidTable(vec![entry(1), entry(0x8000_0020)]));
     }
 }
