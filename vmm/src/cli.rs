@@ -2,10 +2,12 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::panic::{self, PanicHookInfo};
 use std::path::PathBuf;
 use std::process;
 
 use clap::{Args, Parser, Subcommand};
+use devices::console::restore_terminal;
 
 use crate::config::{Config, ConfigError, PlatformName};
 use crate::doctor;
@@ -117,6 +119,7 @@ impl Failure {
 /// Runs the process's command line and returns the exit code. `launch` runs a machine to its end.
 pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
     let cli = Cli::parse();
+    panic::set_hook(Box::new(report_panic));
     sink::install(cli.log_level);
     match cli.command {
         Command::Run(args) => run(*args, launch),
@@ -198,6 +201,14 @@ fn start(
         console,
     });
     Ok(launch(spec, events.clone(), signals)?)
+}
+
+/// Whatever thread it is, a mistake of cvmm's ends the process with its own exit code and a terminal that works.
+fn report_panic(info: &PanicHookInfo<'_>) {
+    restore_terminal();
+    let text = info.to_string().replace('\n', " ");
+    eprintln!("cvmm: internal error: {text}; please report it");
+    process::exit(i32::from(ExitClass::Internal as u8));
 }
 
 /// Prints the failure in one line and returns its exit code.

@@ -19,7 +19,7 @@ const ATTRIBUTE_PRIVATE: u32 = 8;
 const MAP_GPA_RANGE: u32 = 12;
 const VM_TYPES: [&str; 6] = ["default", "sw-protected", "sev", "sev-es", "snp", "tdx"];
 
-/// Looks at everything. Takes a few milliseconds, and at most a second.
+/// Looks at everything. Takes a few milliseconds, and a few seconds on a host that hangs.
 pub(super) fn examine() -> Report {
     let cpuinfo = system::read("/proc/cpuinfo");
     let release = system::read("/proc/sys/kernel/osrelease").trim().to_owned();

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use super::checks::owner;
 use super::report::Check;
-use crate::spec::host::total_memory;
 
 const TUN: &str = "/dev/net/tun";
 /// Below this a machine with many devices may run out.
@@ -98,7 +97,7 @@ fn memory(meminfo: &str) -> Check {
         let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
         line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
     };
-    let total = total_memory(meminfo) >> 20;
+    let total = field("MemTotal:").unwrap_or(0) >> 10;
     let available = field("MemAvailable:").unwrap_or(0) >> 10;
     let huge = field("HugePages_Total:").unwrap_or(0);
     let found = format!("{available} of {total} MiB available, {huge} reserved huge pages");

@@ -1,6 +1,6 @@
 //! What a machine's checks need to know of the host.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -83,7 +83,7 @@ pub enum HostLack {
 pub(crate) const TDX_VM: u32 = 5;
 
 impl HostFacts {
-    /// Asks `/dev/kvm` and `/proc`, and for SEV-SNP only if `platform` may mean it.
+    /// Asks KVM and the kernel, and for SEV-SNP only if `platform` may mean it.
     pub fn probe(platform: PlatformName) -> Self {
         let host = Host::open(Path::new("/dev/kvm"));
         let wanted = matches!(platform, PlatformName::Auto | PlatformName::Snp);
@@ -95,11 +95,11 @@ impl HostFacts {
                 (Ok(capabilities), snp)
             }
         };
-        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let system = rustix::system::sysinfo();
         Self {
             kvm,
             snp,
-            memory_bytes: total_memory(&meminfo),
+            memory_bytes: system.totalram.saturating_mul(u64::from(system.mem_unit)),
         }
     }
 
@@ -124,11 +124,4 @@ impl HostFacts {
             }
         })
     }
-}
-
-/// The line `MemTotal:     24689400 kB`; unlimited where `/proc` does not tell.
-pub(crate) fn total_memory(meminfo: &str) -> u64 {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }
