@@ -22,7 +22,7 @@ fn survive(image: &[u8]) -> bool {
         signature: CpuSignature::new(25, 1, 1),
         kernel: None,
     };
-    Firmware::parse(image).is_ok_and(|firmware| firmware.plan(&guest).is_ok())
+    Firmware::parse(image.to_vec()).is_ok_and(|firmware| firmware.plan(&guest).is_ok())
 }
 
 /// Where the metadata and the table of [`images::image`] lie: all that the parser looks at.
@@ -111,8 +111,8 @@ fn damaged_files_say_what_is_wrong() {
         ),
     ];
     for (name, image, says) in cases {
-        let error = Firmware::parse(image).unwrap_err().to_string();
+        let error = Firmware::parse(image.to_vec()).unwrap_err().to_string();
         assert!(error.contains(says), "{name}: {error}");
     }
-    assert_eq!(Firmware::parse(&[]).unwrap_err(), OvmfError::Size { bytes: 0 });
+    assert_eq!(Firmware::parse(vec![]).unwrap_err(), OvmfError::Size { bytes: 0 });
 }

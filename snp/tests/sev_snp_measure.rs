@@ -109,7 +109,7 @@ fn ours(case: &Case, image: &[u8]) -> Measurement {
         },
         kernel: hashes.as_ref(),
     };
-    let plan = Firmware::parse(image).unwrap().plan(&guest).unwrap();
+    let plan = Firmware::parse(image.to_vec()).unwrap().plan(&guest).unwrap();
     let features = SevFeatures::from_bits(features);
     let whole = digest(&plan, features).unwrap();
     assert_eq!(
@@ -275,6 +275,6 @@ fn a_kernel_needs_an_image_that_can_measure_it() {
         signature: CpuSignature::new(25, 1, 1),
         kernel: Some(&hashes),
     };
-    let error = Firmware::parse(&image).unwrap().plan(&guest).unwrap_err();
+    let error = Firmware::parse(image).unwrap().plan(&guest).unwrap_err();
     assert_eq!(error, snp::ovmf::PlanError::NoKernelHashes);
 }

@@ -59,12 +59,12 @@ pub enum PlanError {
     Range(#[from] BadRange),
 }
 
-impl Firmware<'_> {
+impl Firmware {
     /// The launch of this image.
     ///
     /// # Errors
     /// A kernel or a second vCPU that the image has no place for.
-    pub fn plan(&self, guest: &Guest<'_>) -> Result<LaunchPlan, PlanError> {
+    pub fn plan(self, guest: &Guest<'_>) -> Result<LaunchPlan, PlanError> {
         let hashed = self
             .sections()
             .iter()
@@ -73,7 +73,7 @@ impl Firmware<'_> {
             return Err(PlanError::NoKernelHashes);
         }
         let image = PageRange::new(self.base(), self.bytes().len() as u64)?;
-        let mut pages = vec![page("firmware", image, PageKind::Measured, self.bytes().to_vec())];
+        let mut pages = vec![page("firmware", image, PageKind::Measured, Vec::new())];
         let late = |s: &&Section| guest.flavour == Flavour::Ec2 && s.kind == SectionKind::Cpuid;
         let used = || self.sections().iter().filter(|s| s.bytes != 0);
         for section in used().filter(|s| !late(s)).chain(used().filter(late)) {
@@ -88,6 +88,9 @@ impl Firmware<'_> {
         let vcpus = starts
             .map(|start| boot_state(start, guest.flavour, guest.signature))
             .collect();
+        if let Some(firmware) = pages.first_mut() {
+            firmware.bytes = self.into_bytes();
+        }
         Ok(LaunchPlan { pages, vcpus })
     }
 

@@ -106,27 +106,27 @@ pub enum OvmfError {
 
 /// A checked image.
 #[derive(Clone, Debug)]
-pub struct Firmware<'a> {
-    bytes: &'a [u8],
+pub struct Firmware {
+    bytes: Vec<u8>,
     base: Gpa,
     sections: Vec<Section>,
     hash_table: Option<HashTable>,
     ap_start: Option<u32>,
 }
 
-impl<'a> Firmware<'a> {
+impl Firmware {
     /// Parses and checks an image file.
     ///
     /// # Errors
     /// What is wrong with the file.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, OvmfError> {
+    pub fn parse(bytes: Vec<u8>) -> Result<Self, OvmfError> {
         let size = bytes.len() as u64;
         if size == 0 || size > MAX_IMAGE || !size.is_multiple_of(PAGE_SIZE) {
             return Err(OvmfError::Size { bytes: size });
         }
-        let table = Entries::of(bytes)?;
+        let table = Entries::of(&bytes)?;
         let base = Gpa(FOUR_GIB.saturating_sub(size));
-        let sections = sections(bytes, table.word(METADATA)?.ok_or(OvmfError::NoMetadata)?, base)?;
+        let sections = sections(&bytes, table.word(METADATA)?.ok_or(OvmfError::NoMetadata)?, base)?;
         let hash_table = table
             .word(HASH_TABLE)?
             .filter(|gpa| *gpa != 0)
@@ -138,17 +138,23 @@ impl<'a> Firmware<'a> {
                 return Err(OvmfError::HashTable { gpa });
             }
         }
+        let ap_start = table.word(AP_RESET)?;
         Ok(Self {
             bytes,
             base,
             sections,
             hash_table,
-            ap_start: table.word(AP_RESET)?,
+            ap_start,
         })
     }
 
     /// The file.
-    pub fn bytes(&self) -> &'a [u8] {
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The file, without the copy that a firmware image would cost.
+    pub(super) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
 
