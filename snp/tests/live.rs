@@ -168,10 +168,10 @@ fn launch(machine: &Machine, vcpus: u32, config: LaunchConfig) -> Result<(Measur
         panic!("{exit:?}")
     };
     let end = sealed.handle_exit(exit).unwrap();
-    match end {
-        PlatformFlow::Terminated(words) => Ok((digest, words)),
-        other => panic!("{other:?}"),
-    }
+    let PlatformFlow::Terminated(words) = end else {
+        panic!("{end:?}")
+    };
+    Ok((digest, words))
 }
 
 #[test]
