@@ -223,6 +223,10 @@ impl Drop for NetRunning {
         for (index, mut pair) in self.pairs.drain(..).enumerate() {
             pair.active = false;
             pair.watch(&self.poll, index as u64);
+            // As it was opened: the next owner of a duplicate cannot tell a detached queue from no tap.
+            if let Err(e) = pair.link.attach(Some(0)) {
+                log::warn!("network link cannot be put back: {e}");
+            }
             shelf.push(pair.link);
         }
     }

@@ -484,6 +484,23 @@ fn a_tap_carries_datagrams_both_ways_on_one_queue_and_on_two() {
     }
 }
 
+#[test]
+fn queues_that_the_driver_left_unused_serve_the_next_device() {
+    let open = || Tap::open("cvmmt3", true);
+    let (Ok(first), Ok(second)) = (open(), open()) else {
+        eprintln!("SKIPPED: no tap interface here");
+        return;
+    };
+    for _ in 0..2 {
+        let fds = [&first, &second].map(|tap| tap.fd().try_clone_to_owned().unwrap());
+        let mut net = Net::open(Backend::TapFds(fds.into()), mac(), 2).unwrap();
+        let (mem, _) = memory();
+        let rings = [0x10_0000, 0x20_0000].map(|at| MockRing::new(&mem, at, 64));
+        let (with, _) = activation(&mem, &rings.each_ref(), 0);
+        net.activate(with).unwrap();
+    }
+}
+
 /// Ends a child process with the test.
 struct Child(std::process::Child);
 
