@@ -40,6 +40,24 @@ def keyring():
     raise RigError("no Debian signing keys in /usr/share/keyrings: install the package debian-archive-keyring")
 
 
+class StaleLists(RigError):
+    """The archive has moved on: a file that the package lists name is gone."""
+
+
+def with_fresh_lists(action):
+    """Runs action; when the archive has moved on since the lists were fetched, fetches them and runs it again."""
+    try:
+        return action()
+    except StaleLists as stale:
+        say("Debian's archive has changed; fetching the package lists again")
+        for stamp in (cache.root() / "apt").glob("*/updated"):
+            os.utime(stamp, (0, 0))
+        try:
+            return action()
+        except StaleLists:
+            raise RigError(f"Debian's mirror lacks files that its own lists name; try later or another mirror\n{stale}") from stale
+
+
 class Suite:
     """One suite of the archive (`sid`, `trixie`), with its package lists in the cache."""
 
@@ -91,7 +109,8 @@ class Suite:
         env = dict(os.environ, APT_CONFIG=str(self.home / "apt.conf"), LC_ALL="C", DEBIAN_FRONTEND="noninteractive")
         run = subprocess.run(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if check and run.returncode != 0:
-            raise RigError(f"`{' '.join(command)}` for Debian {self.name} failed:\n{(run.stderr or run.stdout).strip()}")
+            kind = StaleLists if re.search(r"404|Hash Sum mismatch", run.stderr) else RigError
+            raise kind(f"`{' '.join(command)}` for Debian {self.name} failed:\n{(run.stderr or run.stdout).strip()}")
         return run
 
     def candidate(self, package):

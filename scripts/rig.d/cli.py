@@ -7,7 +7,9 @@ import termios
 import tty
 from pathlib import Path
 
+import archive
 import lifetime
+import snp_keys
 import session
 from machine import Spec
 from report import RigError
@@ -18,6 +20,8 @@ scripts/rig up [OPTION]... [--name N]     boot an L1 that stays (for --lifetime 
 scripts/rig exec [--name N] [--timeout S] [--env K=V]... [--stdin|--raw] -- COMMAND...
 scripts/rig push [--name N] SRC[:DST]...  put files into L1 (DST: a path, /root/NAME when left out)
 scripts/rig pull [--name N] SRC DST       get a file out of L1
+scripts/rig certs                         the folder of the emulated SNP host's certificates (ark.pem, ask.pem,
+                                          vcek.pem) and of the table for its guests (certs.table)
 scripts/rig console|list|down [--name N]  L1's kernel log; the L1s that are up; end one
 
 OPTION: --snp | --tdx (an emulated SNP or TDX host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
@@ -28,7 +32,7 @@ L1 is Debian's newest kernel with KVM and busybox. Its console and QEMU's messag
 under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
 """
 RIG_FAILED = 125
-VERBS = ("up", "exec", "push", "pull", "console", "list", "down")
+VERBS = ("up", "exec", "push", "pull", "console", "list", "down", "certs")
 
 
 def _parser(verb):
@@ -70,7 +74,7 @@ def main(arguments):
         return 0 if options.help else 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return globals()[f"_{verb}"](options, words) or 0
+        return archive.with_fresh_lists(lambda: globals()[f"_{verb}"](options, words)) or 0
     except RigError as error:
         print(f"rig: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -145,6 +149,10 @@ def _console(options, _):
 def _list(*_):
     for name in lifetime.names():
         print(name)
+
+
+def _certs(*_):
+    print(snp_keys.folder())
 
 
 def _down(options, _):

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import cache
-from archive import Suite
+from archive import StaleLists, Suite
 from report import RigError, say
 
 # Newest first; a suite that cannot be reached is passed over.
@@ -72,6 +72,8 @@ def newest(flavour):
         suite = Suite(name)
         try:
             version, needs = suite.candidate(f"linux-image-{flavour}")
+        except StaleLists:
+            raise
         except RigError as error:
             problems.append(str(error))
             continue

@@ -12,6 +12,7 @@ import cache
 import kernel
 import patched_qemu
 import programs
+import snp_keys
 from initramfs import Initramfs
 from report import RigError, say
 
@@ -64,7 +65,7 @@ def command(spec, folder):
         machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi"]
         machine += ["-cpu", SNP_CPU if spec.kind == "snp" else TDX_CPU]
         if spec.kind == "snp":
-            machine += ["-device", "amd-iommu,intremap=off", "-device", "psp-emu,trace=off,host-checks=off"]
+            machine += ["-device", "amd-iommu,intremap=off", "-device", f"psp-emu,trace=off,host-checks=off,vcek={snp_keys.secret()}"]
     vmlinuz, initrd = boot_files(spec)
     append = f"console=ttyS0 panic=-1 mitigations=off cvmm.role=l1 {APPEND[spec.kind]} {spec.append}"
     words += [*machine, "-smp", str(spec.cpus), "-m", str(spec.memory), "-nodefaults", "-nographic", "-no-reboot"]
