@@ -34,6 +34,7 @@ pub(super) struct Rx {
     queue: VirtQueue,
     mergeable: bool,
     big_frames: bool,
+    checksums: bool,
     /// Buffers popped ahead, with their bytes in all.
     staged: VecDeque<Chain>,
     staged_bytes: u64,
@@ -49,6 +50,7 @@ impl Rx {
         Self {
             queue,
             mergeable: features & net_feature::MRG_RXBUF != 0,
+            checksums: features & net_feature::GUEST_CSUM != 0,
             big_frames: features & (net_feature::GUEST_TSO4 | net_feature::GUEST_TSO6) != 0,
             staged: VecDeque::new(),
             staged_bytes: 0,
@@ -215,7 +217,12 @@ impl Rx {
         if let Some(first) = self.staged.front() {
             let mut header = first.writer(mem);
             header.skip(NUM_BUFFERS_AT);
-            if header.write_all(&buffers.to_le_bytes()).is_err() {
+            let mut written = header.write_all(&buffers.to_le_bytes());
+            // Linux says DATA_VALID whether or not anybody asked for checksums.
+            if !self.checksums {
+                written = written.and_then(|()| first.writer(mem).write_all(&[0]));
+            }
+            if written.is_err() {
                 return Err(first.bad_shape(self.queue.index()));
             }
         }

@@ -501,6 +501,53 @@ fn queues_that_the_driver_left_unused_serve_the_next_device() {
     }
 }
 
+/// Says of every frame that its checksum is valid, as a tap does.
+#[derive(Debug)]
+struct Valid(Stream);
+
+impl Link for Valid {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+    fn attach(&mut self, features: Option<u64>) -> io::Result<()> {
+        self.0.attach(features)
+    }
+    fn lead<'a>(&self, header: &'a mut [u8; 12], frame: usize) -> &'a mut [u8] {
+        self.0.lead(header, frame)
+    }
+    fn receive(&mut self, into: &arch::iov::Parts<'_>) -> io::Result<usize> {
+        let count = self.0.receive(into)?;
+        into.fill(0, &[2]);
+        Ok(count)
+    }
+    fn send(&mut self, frame: &arch::iov::Parts<'_>) -> io::Result<()> {
+        self.0.send(frame)
+    }
+    fn held(&mut self) -> link::Held {
+        self.0.held()
+    }
+}
+
+#[test]
+fn flags_about_checksums_need_their_feature() {
+    for (features, flags) in [(0, 0), (GUEST_CSUM, 2)] {
+        let (near, mut peer) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let mut net = Net::new(vec![Box::new(Valid(Stream::new(near)))], 0, None, mac()).unwrap();
+        let (mem, _) = memory();
+        let (mut rx, tx) = (
+            MockRing::new(&mem, 0x10_0000, 16),
+            MockRing::new(&mem, 0x80_0000, 16),
+        );
+        let (with, _) = activation(&mem, &[&rx, &tx], features);
+        let mut running = net.activate(with).unwrap();
+        let (_, at) = rx.send(&[], &[100]);
+        peer.write_all(&[0, 0, 0, 1, 7]).unwrap();
+        running.on_backend().unwrap();
+        assert_eq!(rx.read(at[0], 13), [flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 7]);
+    }
+}
+
 /// Ends a child process with the test.
 struct Child(std::process::Child);
 
