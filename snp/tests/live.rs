@@ -26,7 +26,7 @@ use arch::x86::regs::{BootState, General};
 use snp::commands::{Identity, SevCommands};
 use snp::error::Refusal;
 use snp::host::{self, Offered, PlatformStatus};
-use snp::id_block::IdBlock;
+use snp::id_block::{IdAuth, IdBlock};
 use snp::ioctl::KvmSev;
 use snp::launch::LaunchConfig;
 use snp::measure::{self, Measurement, PageType};
@@ -227,6 +227,46 @@ fn an_id_block_for_this_launch_is_accepted_and_another_one_refused() {
         refused.contains("the ID block is for launch digest 0101"),
         "{refused}"
     );
+}
+
+/// Signatures that do not verify, each for a launch whose digest and policy are right.
+#[test]
+fn firmware_refuses_identities_that_were_tampered_with() {
+    let Some(machine) = machine() else { return };
+    let key = SigningKey::parse(include_bytes!("recorded/id-block/id-key.pem")).unwrap();
+    let author = SigningKey::parse(include_bytes!("recorded/id-block/author-key.pem")).unwrap();
+    let block = IdBlock {
+        measurement: measure::digest(&plan(1), SevFeatures::SNP).unwrap(),
+        family_id: [0; 16],
+        image_id: [0; 16],
+        guest_svn: 0,
+        policy: Policy::default(),
+    };
+    let good = block.sign(&key, Some(&author)).unwrap();
+    for (what, at) in [
+        ("block signature", 0x48),
+        ("ID key", 0x250),
+        ("ID key signature", 0x690),
+    ] {
+        let mut bytes = *good.bytes();
+        bytes.iter_mut().skip(at).take(1).for_each(|b| *b ^= 1);
+        let auth = IdAuth::parse(&bytes).unwrap();
+        assert!(auth.check(&block).is_err(), "{what}: noticed before the launch");
+        let identity = Identity {
+            id_block: Some((block, auth)),
+            ..Identity::default()
+        };
+        let config = LaunchConfig {
+            identity,
+            ..LaunchConfig::default()
+        };
+        let refused = launch(&machine, 1, config).unwrap_err();
+        eprintln!("{what}: {refused}");
+        assert!(
+            refused.contains("SNP_LAUNCH_FINISH was refused"),
+            "{what}: {refused}"
+        );
+    }
 }
 
 /// One question and its answer: errno and firmware status, or what was done.
