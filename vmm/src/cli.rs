@@ -142,6 +142,9 @@ fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Resul
     let code = match start(config, &events, launch) {
         Ok(ending) => {
             log::info!("{ending}");
+            if let Some(event) = Event::of_ending(&ending) {
+                events.emit(&event);
+            }
             if !matches!(ending, Ending::PowerOff) {
                 eprintln!("cvmm: {ending}");
             }

@@ -14,7 +14,7 @@ pub enum Ending {
     Terminated(String),
     /// The guest crashed: a triple fault, or a state that no CPU can run.
     Crashed(String),
-    /// A second signal (its number) ended it at once.
+    /// A second signal (its number) ended it at once, or Ctrl-A x, which counts as SIGINT.
     Forced(u32),
 }
 
@@ -154,7 +154,7 @@ impl fmt::Display for Ending {
             Self::Reboot => to.write_str("guest asked for a reboot"),
             Self::Terminated(reason) => write!(to, "guest ended itself: {reason}"),
             Self::Crashed(reason) => write!(to, "guest crashed: {reason}"),
-            Self::Forced(signal) => write!(to, "ended at once by a second signal ({signal})"),
+            Self::Forced(signal) => write!(to, "ended at once on request (signal {signal})"),
         }
     }
 }
@@ -164,7 +164,7 @@ pub fn exit_code_table() -> String {
     let rows = EXIT_CODES.iter().map(|(class, meaning)| (*class as u8, *meaning));
     let forced = (
         SIGNAL,
-        "plus a signal's number: ended at once by a second SIGTERM (143) or SIGINT (130)",
+        "plus a signal's number: ended at once by a second SIGTERM (143) or SIGINT (130), or Ctrl-A x (130)",
     );
     let mut text = String::from("Exit codes:\n");
     for (code, meaning) in rows.chain([forced]) {
@@ -188,8 +188,8 @@ mod tests {
                 12,
                 "guest crashed: triple fault",
             ),
-            (Ending::Forced(2), 130, "ended at once by a second signal (2)"),
-            (Ending::Forced(15), 143, "ended at once by a second signal (15)"),
+            (Ending::Forced(2), 130, "ended at once on request (signal 2)"),
+            (Ending::Forced(15), 143, "ended at once on request (signal 15)"),
         ];
         for (ending, code, text) in cases {
             assert_eq!((ending.exit_code(), ending.to_string().as_str()), (code, text));

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use crate::config::{EventSink, Notify};
-use crate::ending::ExitClass;
+use crate::ending::{Ending, ExitClass};
 use crate::spec::inherited::{FdError, Inherited};
 
 /// Something that happened.
@@ -79,6 +79,19 @@ pub enum Event {
         /// Exit code that follows.
         code: u8,
     },
+}
+
+impl Event {
+    /// What the guest did to end; `None` if it did nothing, or if that has been told.
+    pub fn of_ending(ending: &Ending) -> Option<Self> {
+        match ending {
+            Ending::PowerOff => Some(Self::GuestOff),
+            Ending::Terminated(reason) | Ending::Crashed(reason) => Some(Self::GuestTerminated {
+                reason: reason.clone(),
+            }),
+            Ending::Reboot | Ending::Forced(_) => None,
+        }
+    }
 }
 
 /// An event sink that cannot be used.
@@ -321,177 +334,4 @@ fn notify_systemd(path: &std::ffi::OsStr) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{BufRead, BufReader, Read};
-    use std::os::unix::net::UnixListener;
-    use std::time::Instant;
-
-    fn to_pipe() -> (io::PipeReader, Events) {
-        let (reader, writer) = io::pipe().unwrap();
-        rustix::io::ioctl_fionbio(&writer, true).unwrap();
-        let file = File::from(OwnedFd::from(writer));
-        (reader, Events::new(Some(Target::File(file)), None))
-    }
-
-    fn line(reader: &mut impl BufRead) -> serde_json::Value {
-        let mut text = String::new();
-        reader.read_line(&mut text).unwrap();
-        let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
-        let time = value.as_object_mut().unwrap().remove("time_ns").unwrap();
-        assert!(time.as_u64().unwrap() > 1_700_000_000_000_000_000);
-        value
-    }
-
-    #[test]
-    fn events_are_lines_of_the_documented_shape() {
-        let (reader, events) = to_pipe();
-        let mut reader = BufReader::new(reader);
-        let measured = Event::Measured {
-            digest: "ab".into(),
-            protected: false,
-        };
-        let cases = [
-            (
-                Event::Started {
-                    pid: 7,
-                    platform: "soft",
-                    console: None,
-                },
-                r#"{"event": "started", "pid": 7, "platform": "soft"}"#,
-            ),
-            (
-                measured,
-                r#"{"event": "measured", "digest": "ab", "protected": false}"#,
-            ),
-            (
-                Event::Running {
-                    vcpu_threads: vec![8, 9],
-                },
-                r#"{"event": "running", "vcpu_threads": [8, 9]}"#,
-            ),
-            (Event::GuestOff, r#"{"event": "guest_off"}"#),
-            (Event::GuestReboot, r#"{"event": "guest_reboot"}"#),
-            (
-                Event::DeviceBroken {
-                    device: "virtio-blk 0".into(),
-                    reason: "loop".into(),
-                },
-                r#"{"event": "device_broken", "device": "virtio-blk 0", "reason": "loop"}"#,
-            ),
-            (
-                Event::GuestTerminated {
-                    reason: "x\ny".into(),
-                },
-                r#"{"event": "guest_terminated", "reason": "x\ny"}"#,
-            ),
-            (
-                Event::Stopping { signal: 15 },
-                r#"{"event": "stopping", "signal": 15}"#,
-            ),
-            (
-                Event::Error {
-                    message: "m".into(),
-                    code: 20,
-                },
-                r#"{"event": "error", "message": "m", "code": 20}"#,
-            ),
-            (Event::Stopped { code: 0 }, r#"{"event": "stopped", "code": 0}"#),
-        ];
-        for (event, json) in cases {
-            events.clone().emit(&event);
-            let expected: serde_json::Value = serde_json::from_str(json).unwrap();
-            assert_eq!(line(&mut reader), expected);
-        }
-    }
-
-    #[test]
-    fn a_slow_reader_never_blocks_the_machine_and_learns_what_it_missed() {
-        let (reader, events) = to_pipe();
-        let start = Instant::now();
-        for _ in 0..10_000 {
-            events.emit(&Event::GuestReboot);
-        }
-        assert!(start.elapsed() < Duration::from_secs(5));
-        let mut reader = BufReader::new(reader);
-        let mut kept = 0_u64;
-        // What the pipe and the buffer held comes out whole, line by line.
-        let missed = loop {
-            if kept % 100 == 0 {
-                events.emit(&Event::GuestOff);
-            }
-            let next = line(&mut reader);
-            kept += 1;
-            if let Some(dropped) = next.get("dropped") {
-                break dropped.as_u64().unwrap();
-            }
-        };
-        assert!(missed > 5_000, "{missed}");
-        assert!(kept > 500, "{kept}");
-    }
-
-    #[test]
-    fn a_reader_that_has_gone_is_tolerated() {
-        let (reader, events) = to_pipe();
-        drop(reader);
-        events.emit(&Event::GuestOff);
-        events.emit(&Event::GuestOff);
-        let start = Instant::now();
-        events.finish();
-        assert!(start.elapsed() < LAST_WAIT);
-    }
-
-    #[test]
-    fn files_fifos_and_sockets_are_opened() {
-        let dir = env::temp_dir().join(format!("cvmm-events-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let open = |name: &str| {
-            let sink = Some(EventSink::Path(dir.join(name)));
-            Events::open(&Notify {
-                events: sink,
-                ..Notify::default()
-            })
-        };
-        open("file").unwrap().emit(&Event::GuestOff);
-        open("file").unwrap().emit(&Event::GuestReboot);
-        let text = std::fs::read_to_string(dir.join("file")).unwrap();
-        assert_eq!(text.lines().count(), 2);
-
-        let fifo = dir.join("fifo");
-        rustix::fs::mkfifoat(
-            rustix::fs::CWD,
-            &fifo,
-            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
-        )
-        .unwrap();
-        let events = open("fifo").unwrap();
-        events.emit(&Event::GuestOff);
-        let mut reader = BufReader::new(File::open(&fifo).unwrap());
-        assert_eq!(line(&mut reader)["event"], "guest_off");
-
-        let listener = UnixListener::bind(dir.join("socket")).unwrap();
-        let events = open("socket").unwrap();
-        events.emit(&Event::GuestOff);
-        let mut reader = BufReader::new(listener.accept().unwrap().0);
-        assert_eq!(line(&mut reader)["event"], "guest_off");
-
-        let error = open("none/file").unwrap_err().to_string();
-        assert!(
-            error.ends_with("give a file, a FIFO or a Unix socket that somebody listens on"),
-            "{error}"
-        );
-        std::fs::remove_dir_all(dir).unwrap();
-    }
-
-    #[test]
-    fn ready_is_told_once() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let events = Events::new(None, Some(File::from(OwnedFd::from(writer))));
-        events.ready();
-        events.clone().ready();
-        drop(events);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "READY=1\n");
-    }
-}
+mod tests;

@@ -1,0 +1,176 @@
+//! What the host has to have; SNP options; a machine that resolves.
+
+use std::fs::File;
+use std::io;
+
+use super::*;
+use crate::config::{Policy, Snp};
+
+#[test]
+fn a_good_machine_resolves_with_everything_open() {
+    let place = Place::new("good");
+    let mut config = place.config();
+    config.boot.initrd = Some(place.sized("initrd", 3 << 20));
+    config.devices.disks = vec![
+        disk(&place.sized("a", 1 << 20), false),
+        disk(&place.sized("b", 512), true),
+        disk(&place.path("b"), true),
+    ];
+    config.devices.vsock = Some(Vsock {
+        cid: 3,
+        uds: place.path("vsock"),
+    });
+    config.devices.console = Some(Console::File(place.path("log")));
+    let spec = MachineSpec::resolve(config, facts()).unwrap();
+    let parts = spec.parts();
+    assert_eq!((parts.memory_bytes, parts.cpus), (512 << 20, 1));
+    assert_eq!(parts.payload.cmdline, "console=ttyS0");
+    let sizes: Vec<_> = parts
+        .devices
+        .disks
+        .iter()
+        .map(|d| (d.bytes, d.readonly))
+        .collect();
+    assert_eq!(sizes, [(1 << 20, false), (512, true), (512, true)]);
+    assert!(place.path("vsock").exists() && place.path("log").exists());
+    assert!(matches!(parts.platform, PlatformSpec::Soft));
+    drop(spec);
+    assert!(!place.path("vsock").exists(), "the socket outlives the machine");
+}
+
+#[test]
+fn hosts_without_what_is_asked_for() {
+    let place = Place::new("host");
+    let host = |platform, kvm: Result<u32, io::ErrorKind>| {
+        let mut config = place.config();
+        config.platform = Some(platform);
+        let mut facts = facts();
+        match kvm {
+            Ok(types) => {
+                facts.kvm = facts.kvm.map(|kvm| Capabilities {
+                    vm_types: types,
+                    ..kvm
+                })
+            }
+            Err(kind) => facts.kvm = Err(kind.into()),
+        }
+        let error = MachineSpec::resolve(config, facts).unwrap_err();
+        (error.to_string(), error.class() as u8)
+    };
+    let no_snp = "this CPU has no SEV-SNP; it takes an AMD EPYC of the 7003 series or later";
+    let cases = [
+        (
+            host(PlatformName::Soft, Err(io::ErrorKind::NotFound)),
+            "/dev/kvm: not found; load kvm_amd or kvm_intel, or enable virtualisation in the firmware (`cvmm doctor` \
+             tells more)"
+                .to_owned(),
+        ),
+        (
+            host(PlatformName::Soft, Err(io::ErrorKind::PermissionDenied)),
+            "/dev/kvm: permission denied; add this user to the group kvm (`usermod -aG kvm $USER`, then log in again)"
+                .to_owned(),
+        ),
+        (host(PlatformName::Snp, Ok(1)), format!("platform snp: {no_snp}")),
+        (
+            host(PlatformName::Auto, Ok(1)),
+            format!(
+                "platform auto: this host can protect no guest (no TDX; for SEV-SNP: {no_snp}); for a guest without \
+                 any protection say --platform soft"
+            ),
+        ),
+        (
+            host(PlatformName::Tdx, Ok(1)),
+            "platform tdx: KVM on this host offers no TDX guests; `cvmm doctor --for tdx` names what is missing"
+                .to_owned(),
+        ),
+        (
+            host(PlatformName::Auto, Ok(1 << 5)),
+            "platform tdx: this version of cvmm cannot launch TDX guests; take --platform snp, or soft for no \
+             protection"
+                .to_owned(),
+        ),
+    ];
+    for (got, message) in cases {
+        assert_eq!(got, (message, 20));
+    }
+}
+
+#[test]
+fn options_of_snp() {
+    let place = Place::new("snp");
+    let offered = |features, policy| {
+        let mut facts = facts();
+        facts.snp = Some(Ok(crate::spec::host::SnpHost {
+            sev: std::sync::Arc::new(File::open("/dev/null").unwrap()),
+            offered: ::snp::host::Offered {
+                features,
+                policy,
+                certificates: false,
+            },
+        }));
+        facts
+    };
+    let with = |snp: Snp| {
+        let mut config = place.config();
+        config.platform = Some(PlatformName::Snp);
+        config.snp = snp;
+        config
+    };
+    let refuse = |snp, facts| {
+        let error = MachineSpec::resolve(with(snp), facts).unwrap_err();
+        (error.to_string(), error.class() as u8)
+    };
+    let good = MachineSpec::resolve(with(Snp::default()), offered(0, 0x3_0000)).unwrap();
+    let PlatformSpec::Snp(spec) = &good.parts().platform else {
+        panic!("not SNP");
+    };
+    assert_eq!(spec.config.policy.bits(), 0x3_0000);
+
+    let policy = Some(Policy(0x1_0000));
+    let (text, code) = refuse(
+        Snp {
+            policy,
+            ..Snp::default()
+        },
+        offered(0, 0x3_0000),
+    );
+    assert!(
+        text.starts_with("policy: 0x10000 is not a guest policy: bit 17 must be set"),
+        "{text}"
+    );
+    assert_eq!(code, 2);
+
+    let tsc = Snp {
+        secure_tsc: true,
+        ..Snp::default()
+    };
+    let (text, _) = refuse(tsc.clone(), offered(0x20, 0x3_0000));
+    assert!(text.contains("does not offer secure-tsc"), "{text}");
+
+    let half = Snp {
+        id_block: Some("b".into()),
+        ..Snp::default()
+    };
+    let (text, _) = refuse(half, offered(0, 0x3_0000));
+    assert_eq!(
+        text,
+        "--id-block: needs --id-auth too; `cvmm id-block` makes both"
+    );
+
+    let short = place.sized("short", 10);
+    let both = Snp {
+        id_block: Some(short.clone()),
+        id_auth: Some(short),
+        ..Snp::default()
+    };
+    let (text, _) = refuse(both, offered(0, 0x3_0000));
+    assert!(
+        text.ends_with("/short: an ID block has 96 bytes, this one has 10"),
+        "{text}"
+    );
+
+    let mut soft = place.config();
+    soft.snp = tsc;
+    let message = "--secure-tsc: only an SNP guest has it; add --platform snp or remove it";
+    assert_eq!(place.refuse(soft), (message.to_owned(), 2));
+}
