@@ -6,6 +6,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
 use super::file::{describe, reason};
 
 /// Longest path of a Unix socket: 108 bytes with the NUL (unix(7)).
@@ -63,9 +65,19 @@ pub(super) fn check_path(role: &'static str, path: &Path) -> Result<(), SocketEr
     Ok(())
 }
 
-/// Refuses what somebody listens on and what is no socket, without changing anything.
+/// Refuses what somebody listens on, what is no socket, and a directory where none can be made, without changing
+/// anything.
 pub(super) fn check_free(role: &'static str, path: &Path) -> Result<(), SocketError> {
     check_path(role, path)?;
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|cause| SocketError::Unusable {
+        role,
+        path: path.into(),
+        cause: cause.into(),
+    })?;
     let found = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata.file_type(),
         Err(_) => return Ok(()),
