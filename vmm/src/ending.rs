@@ -164,7 +164,7 @@ pub fn exit_code_table() -> String {
     let rows = EXIT_CODES.iter().map(|(class, meaning)| (*class as u8, *meaning));
     let forced = (
         SIGNAL,
-        "plus a signal's number: ended at once by a second SIGTERM (143) or SIGINT (130), or Ctrl-A x (130)",
+        "plus a signal's number: ended at once by a second SIGTERM (143), SIGINT or Ctrl-A x (130)",
     );
     let mut text = String::from("Exit codes:\n");
     for (code, meaning) in rows.chain([forced]) {
