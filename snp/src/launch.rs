@@ -77,13 +77,13 @@ impl<C: SevCommands> Launching<C> {
         let mut chain = self.chain;
         chain.range(kind, page.range, &page.bytes)?;
         let mut source = Source::new(page);
-        let sent = source.bytes().to_vec();
+        let sent = (page.kind == PageKind::Cpuid).then(|| source.bytes().to_vec());
         let loaded = self.load(kind, page.range, &mut source);
         if let Err(SnpError::Refused(Refusal {
             firmware: Some(INVALID_PARAM),
             ..
         })) = &loaded
-            && page.kind == PageKind::Cpuid
+            && let Some(sent) = sent
         {
             let corrections = cpuid_page::corrections(&sent, source.bytes());
             if !corrections.is_empty() {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use pkcs8::PrivateKeyInfoRef;
+use pkcs8::{ObjectIdentifier, PrivateKeyInfoRef};
 use ring::rand::SystemRandom;
 use ring::signature::{
     ECDSA_P384_SHA384_FIXED, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey,
@@ -19,6 +19,7 @@ const LEN: usize = 48;
 /// The same, zero-extended, in AMD's format.
 const WIDE: usize = 72;
 const CURVE_P384: u32 = 2;
+const SECP384R1: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 /// Length of AMD's public key format.
 pub const KEY_BYTES: usize = 1028;
 /// Length of AMD's signature format.
@@ -185,13 +186,13 @@ impl SigningKey {
             return Self::from_sec1(der, false);
         };
         let curve = key.algorithm.parameters_oid().map_err(|_| KeyError::OtherCurve)?;
-        let p384 = curve == sec1_curve();
+        let p384 = curve == SECP384R1;
         Self::from_sec1(key.private_key.as_bytes(), p384)
     }
 
     fn from_sec1(der: &[u8], curve_known: bool) -> Result<Self, KeyError> {
         let key = EcPrivateKey::from_der(der).map_err(|_| KeyError::NotAKey)?;
-        let named = key.parameters.and_then(sec1::EcParameters::named_curve) == Some(sec1_curve());
+        let named = key.parameters.and_then(sec1::EcParameters::named_curve) == Some(SECP384R1);
         if !named && !curve_known {
             return Err(KeyError::OtherCurve);
         }
@@ -224,11 +225,6 @@ impl SigningKey {
         };
         Ok(Signature { r, s })
     }
-}
-
-/// secp384r1.
-fn sec1_curve() -> pkcs8::ObjectIdentifier {
-    pkcs8::ObjectIdentifier::new_unwrap("1.3.132.0.34")
 }
 
 #[cfg(test)]
