@@ -86,10 +86,17 @@ const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
 
 /// Runs the guest; takes a few milliseconds where all is well, and a few seconds at most.
 pub(super) fn run() -> Outcome {
+    run_program(program)
+}
+
+/// Code for a CPU whose hypercall instruction this is.
+type Program = fn([u8; 3]) -> Vec<u8>;
+
+fn run_program(program: Program) -> Outcome {
     let (report, progress) = channel();
     let worker = thread::Builder::new()
         .name("probe".into())
-        .spawn(move || attempt(&report));
+        .spawn(move || attempt(program, &report));
     let worker = match worker {
         Ok(worker) => worker,
         Err(e) => return failed("starting a thread", &e),
@@ -133,8 +140,8 @@ fn failed(doing: &'static str, cause: &dyn std::fmt::Display) -> Outcome {
     }
 }
 
-fn attempt(report: &Sender<Progress>) {
-    let outcome = match prepare() {
+fn attempt(program: Program, report: &Sender<Progress>) {
+    let outcome = match prepare(program) {
         Ok((mut vcpu, _vm)) => watch(&mut vcpu, report),
         Err((doing, e)) => failed(doing, &e),
     };
@@ -144,7 +151,7 @@ fn attempt(report: &Sender<Progress>) {
 
 type Prepared = Result<(Vcpu, Vm), (&'static str, io::Error)>;
 
-fn prepare() -> Prepared {
+fn prepare(program: Program) -> Prepared {
     let step = |doing| move |e| (doing, e);
     let host = Host::open(Path::new("/dev/kvm")).map_err(step("opening /dev/kvm"))?;
     let vm = Vm::create(&host, 0).map_err(step("creating a VM"))?;
@@ -225,6 +232,18 @@ fn name(exit: &Exit<'_>) -> String {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    #[test]
+    fn a_guest_that_never_exits_is_kicked_out() {
+        if Host::open(Path::new("/dev/kvm")).is_err() {
+            println!("skipped: /dev/kvm cannot be opened");
+            return;
+        }
+        // jmp to itself
+        let outcome = run_program(|_| vec![0xeb, 0xfe]);
+        let how = "never came back".to_owned();
+        assert_eq!(outcome, Outcome::Stuck { at: Step::Start, how });
+    }
 
     #[test]
     fn the_probe_ends_in_time_whatever_the_host_is() {
