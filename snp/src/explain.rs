@@ -6,20 +6,20 @@ use arch::addr::{Gpa, PAGE_SIZE};
 use arch::platform::{LaunchPage, LaunchPlan};
 use arch::x86::regs::BootState;
 
-use crate::measure::{Chain, MeasureError, Measurement, PAGE, PageType};
+use crate::measure::{Chain, MeasureError, Measurement, PAGE, PageType, measured, sha384};
 use crate::vmsa::{FieldDiff, SevFeatures, Vmsa};
 
-/// A range of pages or a vCPU as it enters the digest.
+/// A page or a vCPU as it enters the digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// What it holds.
     pub name: &'static str,
     /// Its page type.
     pub kind: PageType,
-    /// Where it starts; for a vCPU its index.
+    /// Its address; for a vCPU its index.
     pub at: u64,
-    /// Pages.
-    pub pages: u64,
+    /// SHA-384 of the contents, where they are measured.
+    pub contents: Option<[u8; 48]>,
     /// The digest after it.
     pub digest: Measurement,
 }
@@ -28,14 +28,18 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = self.kind.name();
         match self.kind {
-            PageType::Vmsa => write!(f, "vCPU {:<9} {kind:<10} {:>5}", self.at, self.pages)?,
+            PageType::Vmsa => write!(f, "vCPU {:<9} {kind:<10} ", self.at)?,
             PageType::Normal
             | PageType::Zero
             | PageType::Unmeasured
             | PageType::Secrets
-            | PageType::Cpuid => write!(f, "{:#014x} {kind:<10} {:>5}", self.at, self.pages)?,
+            | PageType::Cpuid => write!(f, "{:#014x} {kind:<10} ", self.at)?,
         }
-        write!(f, "  {}  {}", self.digest, self.name)
+        match self.contents {
+            Some(hash) => write!(f, "{}", Measurement(hash))?,
+            None => write!(f, "{:<96}", "-")?,
+        }
+        write!(f, " {} {}", self.digest, self.name)
     }
 }
 
@@ -48,23 +52,28 @@ pub fn steps(plan: &LaunchPlan, features: SevFeatures) -> Result<Vec<Step>, Meas
     let mut steps = Vec::new();
     for page in &plan.pages {
         let kind = PageType::from(page.kind);
-        chain.range(kind, page.range, &page.bytes)?;
-        let (at, pages) = (page.range.start().0, page.range.bytes() / PAGE_SIZE);
-        steps.push(Step {
-            name: page.name,
-            kind,
-            at,
-            pages,
-            digest: chain.digest(),
-        });
+        let contents = measured(kind, page.range, &page.bytes)?.map(|bytes| bytes.chunks_exact(PAGE));
+        let mut hashes = contents.into_iter().flatten().map(sha384);
+        for frame in page.range.frames() {
+            let (at, contents) = (frame.saturating_mul(PAGE_SIZE), hashes.next());
+            chain.page(kind, Gpa(at), &contents.unwrap_or([0; 48]));
+            steps.push(Step {
+                name: page.name,
+                kind,
+                at,
+                contents,
+                digest: chain.digest(),
+            });
+        }
     }
     for (index, state) in (0..).zip(&plan.vcpus) {
-        chain.vmsa(&Vmsa::new(state, features));
+        let vmsa = Vmsa::new(state, features);
+        chain.vmsa(&vmsa);
         steps.push(Step {
             name: "registers",
             kind: PageType::Vmsa,
             at: index,
-            pages: 1,
+            contents: Some(sha384(vmsa.bytes())),
             digest: chain.digest(),
         });
     }
@@ -377,14 +386,20 @@ mod tests {
         assert_eq!(last.digest, measure::digest(&plan(), SevFeatures::SNP).unwrap());
         let words: Vec<String> = steps
             .iter()
-            .map(|s| s.to_string().replace(&s.digest.to_string(), "…"))
+            .map(|s| {
+                let words = s.to_string().replace(&s.digest.to_string(), "…");
+                let hash = s.contents.map(|hash| Measurement(hash).to_string());
+                words.replace(&hash.unwrap_or(" ".repeat(95)), "#")
+            })
             .collect();
         let expected = [
-            "0x000000100000 NORMAL         2  …  shim",
-            "0x000000111000 CPUID          1  …  CPUID",
-            "0x000000112000 ZERO           2  …  stack",
-            "vCPU 0         VMSA           1  …  registers",
-            "vCPU 1         VMSA           1  …  registers",
+            "0x000000100000 NORMAL     # … shim",
+            "0x000000101000 NORMAL     # … shim",
+            "0x000000111000 CPUID      -# … CPUID",
+            "0x000000112000 ZERO       -# … stack",
+            "0x000000113000 ZERO       -# … stack",
+            "vCPU 0         VMSA       # … registers",
+            "vCPU 1         VMSA       # … registers",
         ];
         assert_eq!(words, expected);
     }

@@ -123,6 +123,22 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     out
 }
 
+/// The contents of `range` if pages of this kind are measured by them.
+pub(crate) fn measured(kind: PageType, range: PageRange, bytes: &[u8]) -> Result<Option<&[u8]>, MeasureError> {
+    if !matches!(kind, PageType::Normal | PageType::Vmsa) {
+        return Ok(None);
+    }
+    let (want, got) = (range.bytes(), bytes.len() as u64);
+    if want != got {
+        return Err(MeasureError::WrongLength {
+            gpa: range.start(),
+            want,
+            got,
+        });
+    }
+    Ok(Some(bytes))
+}
+
 /// The running digest. Cheap to copy, so that a digest for each vCPU count costs one step each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chain {
@@ -178,18 +194,10 @@ impl Chain {
     /// `bytes` of another length.
     pub fn range(&mut self, kind: PageType, range: PageRange, bytes: &[u8]) -> Result<(), MeasureError> {
         let gpas = range.frames().map(|frame| Gpa(frame.saturating_mul(PAGE_SIZE)));
-        if !matches!(kind, PageType::Normal | PageType::Vmsa) {
+        let Some(bytes) = measured(kind, range, bytes)? else {
             gpas.for_each(|gpa| self.page(kind, gpa, &[0; 48]));
             return Ok(());
-        }
-        let (want, got) = (range.bytes(), bytes.len() as u64);
-        if want != got {
-            return Err(MeasureError::WrongLength {
-                gpa: range.start(),
-                want,
-                got,
-            });
-        }
+        };
         // Firmware images are padded: a page like the one before it need not be hashed again.
         let mut last: (&[u8], [u8; 48]) = (&[], [0; 48]);
         for (gpa, page) in gpas.zip(bytes.chunks_exact(PAGE)) {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::panic::{self, PanicHookInfo};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 
 use clap::{Args, Parser, Subcommand};
@@ -13,6 +13,7 @@ use crate::config::{Config, ConfigError, PlatformName};
 use crate::doctor;
 use crate::ending::{Ending, ExitClass, RunError, exit_code_table};
 use crate::events::{Event, Events, EventsError};
+use crate::measure::{self, Unpredictable};
 use crate::signals::Signals;
 use crate::sink::{self, Level};
 use crate::spec::host::HostFacts;
@@ -34,6 +35,23 @@ Examples:
     cvmm run --config guest.json --memory 2G
 
 Signals: the first SIGTERM or SIGINT asks the guest to power off, the second ends it at once.
+";
+
+const MEASURE_EXAMPLES: &str = "\
+Examples:
+  The digest of a guest, and those of the same guest with 1 to 8 processors:
+    cvmm measure --kernel vmlinuz --initrd initrd.img --cpus 2
+    cvmm measure --config guest.json --table 8
+
+  What the digest is made of, and why two guests have different ones:
+    cvmm measure --config guest.json --explain
+    cvmm measure --diff guest.json other.json
+
+  The digest of a guest that QEMU launches with OVMF, as sev-snp-measure computes it:
+    cvmm measure --payload ovmf --firmware OVMF.amdsev.fd --vcpu-type EPYC-Genoa --cpus 4 --kernel vmlinuz
+
+The digest depends on kernel, initrd, command line, processors, platform, --debug-swap and --secure-tsc; on nothing
+else. Policy, HOST_DATA and the ID block stand in the report by themselves.
 ";
 
 /// Launches confidential virtual machines (AMD SEV-SNP, Intel TDX) on Linux and KVM.
@@ -64,6 +82,11 @@ enum Command {
     /// Every value is checked before anything is created. Flags are laid over the file given by --config.
     #[command(after_long_help = format!("{EXAMPLES}\n{}", exit_code_table()))]
     Run(Box<RunArgs>),
+    /// Predict the launch digest of a guest, as its attestation report will state it
+    ///
+    /// Takes the flags or the file of `cvmm run`, reads kernel and initrd once, and needs neither KVM nor SNP.
+    #[command(after_long_help = MEASURE_EXAMPLES)]
+    Measure(Box<measure::Args>),
     /// Say what this host can do, what is missing, and how to mend it
     Doctor(doctor::Args),
 }
@@ -104,6 +127,8 @@ enum Failure {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Run(#[from] RunError),
+    #[error(transparent)]
+    Measure(#[from] Unpredictable),
 }
 
 impl Failure {
@@ -112,6 +137,7 @@ impl Failure {
             Self::Config(_) | Self::Events(_) => ExitClass::Usage,
             Self::Spec(e) => e.class(),
             Self::Run(e) => e.class(),
+            Self::Measure(e) => e.class(),
         }
     }
 }
@@ -123,13 +149,14 @@ pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, 
     sink::install(cli.log_level);
     match cli.command {
         Command::Run(args) => run(*args, launch),
+        Command::Measure(args) => close(measure::run(&args)),
         Command::Doctor(args) => doctor::run(&args),
     }
 }
 
 fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
-    let config = match merge(&args) {
-        Ok(config) => config,
+    let config = match merge(args.config, args.file.as_deref()) {
+        Ok(config) => config.with_defaults(),
         Err(e) => return complain(&e.into()),
     };
     if args.print_config {
@@ -162,13 +189,20 @@ fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Resul
     code
 }
 
-fn merge(args: &RunArgs) -> Result<Config, ConfigError> {
-    let flags = args.config.clone();
-    let config = match &args.file {
-        Some(path) => Config::load(path)?.overlaid(flags),
-        None => flags,
-    };
-    Ok(config.with_defaults())
+/// The exit code of a command that runs no machine.
+fn close(result: Result<ExitClass, impl Into<Failure>>) -> u8 {
+    match result {
+        Ok(class) => class as u8,
+        Err(e) => complain(&e.into()),
+    }
+}
+
+/// `flags` laid over the file, if there is one; without defaults.
+pub(crate) fn merge(flags: Config, file: Option<&Path>) -> Result<Config, ConfigError> {
+    match file {
+        Some(path) => Ok(Config::load(path)?.overlaid(flags)),
+        None => Ok(flags),
+    }
 }
 
 fn print(config: &Config) -> u8 {

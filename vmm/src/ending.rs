@@ -95,6 +95,8 @@ pub enum ExitClass {
     Refused = 22,
     /// The host failed.
     HostFailed = 30,
+    /// What was checked is not what was expected.
+    Mismatch = 40,
     /// cvmm's mistake.
     Internal = 70,
 }
@@ -127,6 +129,10 @@ pub const EXIT_CODES: &[(ExitClass, &str)] = &[
     (
         ExitClass::HostFailed,
         "the host's kernel failed while the guest ran",
+    ),
+    (
+        ExitClass::Mismatch,
+        "a report that does not verify, or two launches that differ",
     ),
     (ExitClass::Internal, "a mistake in cvmm; please report it"),
 ];
@@ -199,7 +205,7 @@ mod tests {
     #[test]
     fn every_code_is_listed_once_in_ascending_order() {
         let codes: Vec<_> = EXIT_CODES.iter().map(|(class, _)| *class as u8).collect();
-        assert_eq!(codes, [0, 2, 10, 11, 12, 20, 21, 22, 30, 70]);
+        assert_eq!(codes, [0, 2, 10, 11, 12, 20, 21, 22, 30, 40, 70]);
         assert!(exit_code_table().contains("   22  the platform or its firmware refused the launch\n"));
     }
 }

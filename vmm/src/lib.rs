@@ -8,6 +8,7 @@ pub mod ending;
 pub mod event_loop;
 pub mod events;
 pub mod machine;
+pub mod measure;
 pub mod plan;
 pub mod platform;
 pub mod ram;

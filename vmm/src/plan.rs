@@ -4,6 +4,8 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::path::PathBuf;
+use std::thread;
 
 use arch::addr::{BadRange, Gpa, PageRange};
 use arch::platform::{LaunchPage, LaunchPlan, PageKind};
@@ -11,6 +13,9 @@ use arch::x86::regs::{BootState, General, Segment};
 use sha2::{Digest, Sha256};
 use shim::config::{Blob, Config, ConfigError};
 use shim::layout;
+
+use crate::spec::file::InputFile;
+use crate::spec::payload;
 
 /// The shim of machine v1; its bytes are the measurement. `scripts/shim --check` rebuilds and compares them.
 pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
@@ -75,6 +80,59 @@ pub fn blob(mut file: &File) -> io::Result<Blob> {
         len,
         sha256: hash.finalize().into(),
     })
+}
+
+/// An input file that broke off while it was read.
+#[derive(Debug, thiserror::Error)]
+#[error("reading {}", path.display())]
+pub struct ReadError {
+    /// The file.
+    pub path: PathBuf,
+    /// The kernel's answer.
+    #[source]
+    pub source: io::Error,
+}
+
+/// Kernel and initrd by length and hash; on two threads, because that is most of the work of a launch.
+///
+/// # Errors
+/// Reading fails.
+pub fn blobs(kernel: &InputFile, initrd: Option<&InputFile>) -> Result<(Blob, Option<Blob>), ReadError> {
+    let hash = |input: &InputFile| {
+        blob(&input.file).map_err(|source| ReadError {
+            path: input.path.clone(),
+            source,
+        })
+    };
+    let Some(initrd) = initrd else {
+        return Ok((hash(kernel)?, None));
+    };
+    thread::scope(|scope| {
+        let other = scope.spawn(|| hash(initrd));
+        let kernel = hash(kernel)?;
+        // A thread that hashes cannot panic; should it ever, hashing again here is right as well.
+        let initrd = other.join().unwrap_or_else(|_| hash(initrd))?;
+        Ok((kernel, Some(initrd)))
+    })
+}
+
+impl Payload {
+    /// Reads the files, each once.
+    ///
+    /// # Errors
+    /// Reading fails.
+    pub fn of(files: &payload::Payload) -> Result<Self, ReadError> {
+        const NO_FILE: Blob = Blob {
+            len: 0,
+            sha256: [0; 32],
+        };
+        let (kernel, initrd) = blobs(&files.kernel, files.initrd.as_ref())?;
+        Ok(Self {
+            kernel,
+            initrd: initrd.unwrap_or(NO_FILE),
+            cmdline: files.cmdline.clone(),
+        })
+    }
 }
 
 /// The launch plan for `cpus` vCPUs. Page order is measurement order and part of machine v1.

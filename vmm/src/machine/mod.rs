@@ -12,14 +12,12 @@ mod wires;
 use std::path::Path;
 
 use arch::kvm::system::Host;
-use shim::config::Blob;
 
 use crate::ending::{Ending, RunError};
 use crate::events::{Event, Events};
-use crate::plan::{self, Payload};
+use crate::plan::Payload;
 use crate::signals::Signals;
-use crate::spec::file::InputFile;
-use crate::spec::{MachineSpec, payload};
+use crate::spec::MachineSpec;
 use run::World;
 
 /// Runs a machine until its guest powers off, ends itself or crashes, or a signal ends it. Reboots happen inside.
@@ -29,7 +27,8 @@ use run::World;
 pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<Ending, RunError> {
     let parts = spec.into_parts();
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
-    let payload = measured(&parts.payload)?;
+    let payload = Payload::of(&parts.payload)
+        .map_err(|e| RunError::host(format!("reading {}", e.path.display()))(e.source))?;
     loop {
         let mut world = World {
             host: &host,
@@ -47,21 +46,4 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
             return Ok(ending);
         }
     }
-}
-
-/// The payload as the measured parameters name it.
-fn measured(files: &payload::Payload) -> Result<Payload, RunError> {
-    const NO_FILE: Blob = Blob {
-        len: 0,
-        sha256: [0; 32],
-    };
-    let hash = |input: &InputFile| {
-        let doing = format!("reading {}", input.path.display());
-        plan::blob(&input.file).map_err(RunError::host(doing))
-    };
-    Ok(Payload {
-        kernel: hash(&files.kernel)?,
-        initrd: files.initrd.as_ref().map_or(Ok(NO_FILE), hash)?,
-        cmdline: files.cmdline.clone(),
-    })
 }

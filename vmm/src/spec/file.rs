@@ -124,7 +124,7 @@ impl InputFile {
     }
 
     /// Reads the first `most` bytes, or all if there are fewer.
-    pub(super) fn read_start(&self, role: &'static str, most: usize) -> Result<Vec<u8>, FileError> {
+    pub(crate) fn read_start(&self, role: &'static str, most: usize) -> Result<Vec<u8>, FileError> {
         let bytes = usize::try_from(self.bytes).unwrap_or(most).min(most);
         let mut content = vec![0; bytes];
         match self.file.read_exact_at(&mut content, 0) {

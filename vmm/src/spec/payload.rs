@@ -78,7 +78,7 @@ const CMDLINE_MAX: usize = 2047;
 const RESERVE_BYTES: u64 = 16 << 20;
 
 impl Payload {
-    pub(super) fn check(boot: &Boot, memory: Size) -> Result<Self, PayloadError> {
+    pub(crate) fn check(boot: &Boot, memory: Size) -> Result<Self, PayloadError> {
         let path = boot.kernel.as_deref().ok_or(PayloadError::NoKernel)?;
         let kernel = InputFile::open("kernel", path)?;
         let head = kernel.read_start("kernel", HEAD_BYTES)?;

@@ -69,7 +69,7 @@ pub(super) fn check_memory(given: Size, host_bytes: u64) -> Result<u64, SizeErro
     }
 }
 
-pub(super) fn check_cpus(given: u32, kvm_most: u32) -> Result<u32, SizeError> {
+pub(crate) fn check_cpus(given: u32, kvm_most: u32) -> Result<u32, SizeError> {
     let most = MOST_CPUS.min(kvm_most);
     if (1..=most).contains(&given) {
         Ok(given)

@@ -9,7 +9,7 @@ use snp::commands::Identity;
 use snp::host::NotOffered;
 use snp::id_block::{IdAuth, IdBlock, IdBlockError};
 use snp::launch::LaunchConfig;
-use snp::policy::PolicyError;
+use snp::policy::{Policy, PolicyError};
 use snp::vmsa::SevFeatures;
 
 use super::file::{FileError, InputFile};
@@ -72,7 +72,7 @@ pub enum SnpOptionError {
 }
 
 /// Refuses options of SNP for a guest that is none.
-pub(super) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
+pub(crate) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
     let given = [
         ("--policy", options.policy.is_some()),
         ("--host-data", options.host_data.is_some()),
@@ -88,20 +88,29 @@ pub(super) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
     }
 }
 
+/// The guest policy.
+pub(crate) fn policy(options: &Snp) -> Result<Policy, PolicyError> {
+    match options.policy {
+        Some(policy) => Policy::from_bits(policy.0),
+        None => Ok(Policy::default()),
+    }
+}
+
+/// The features that every register set names.
+pub(crate) fn features(options: &Snp) -> SevFeatures {
+    let wishes = [
+        (options.debug_swap, SevFeatures::DEBUG_SWAP),
+        (options.secure_tsc, SevFeatures::SECURE_TSC),
+    ];
+    wishes
+        .iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(SevFeatures::SNP, |all, (_, feature)| all.with(*feature))
+}
+
 impl SnpSpec {
     pub(super) fn check(options: &Snp, host: &SnpHost) -> Result<Self, SnpOptionError> {
-        let policy = match options.policy {
-            Some(policy) => snp::policy::Policy::from_bits(policy.0)?,
-            None => snp::policy::Policy::default(),
-        };
-        let wishes = [
-            (options.debug_swap, SevFeatures::DEBUG_SWAP),
-            (options.secure_tsc, SevFeatures::SECURE_TSC),
-        ];
-        let features = wishes
-            .iter()
-            .filter(|(wanted, _)| *wanted)
-            .fold(SevFeatures::SNP, |all, (_, feature)| all.with(*feature));
+        let (policy, features) = (policy(options)?, features(options));
         let certs = options.certs.as_deref().map(open_certs).transpose()?;
         host.offered.check(features, policy, certs.is_some())?;
         let config = LaunchConfig {

@@ -1,0 +1,160 @@
+//! Firmware images as QEMU and two clouds launch them.
+
+use std::path::{Path, PathBuf};
+
+use arch::platform::LaunchPlan;
+use clap::ValueEnum;
+use serde::{Serialize, Serializer};
+use snp::measure::sha256;
+use snp::ovmf::{Firmware, Flavour, Guest, KernelHashes};
+use snp::vmsa::{CpuSignature, SevFeatures};
+
+use super::Unpredictable;
+use super::answer::Hex;
+use crate::config::{Boot, Policy as Number};
+use crate::plan;
+use crate::spec::file::{FileError, InputFile};
+
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Measure")]
+#[expect(
+    missing_docs,
+    reason = "clap would take the text for the command's description"
+)]
+pub struct Ovmf {
+    /// What the launch consists of
+    #[arg(long, value_name = "NAME", default_value = "shim")]
+    pub payload: PayloadName,
+    /// OVMF image, the .fd file that holds the code
+    #[arg(long, value_name = "PATH", required_if_eq("payload", "ovmf"))]
+    pub firmware: Option<PathBuf>,
+    /// With a firmware image: QEMU's name for the type of the virtual CPUs
+    #[arg(long, value_name = "NAME", default_value = "EPYC-v4")]
+    pub vcpu_type: String,
+    /// With a firmware image: who launches it
+    #[arg(long, value_name = "NAME", default_value = "qemu")]
+    pub vmm_type: VmmType,
+    /// With a firmware image: SEV_FEATURES as the host sets them [default: 0x1, and what --debug-swap and
+    /// --secure-tsc add]
+    #[arg(long, value_name = "HEX", requires = "firmware")]
+    pub guest_features: Option<Number>,
+}
+
+/// What is launched.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PayloadName {
+    /// A kernel through cvmm's shim, as `cvmm run` launches it
+    Shim,
+    /// An OVMF image
+    Ovmf,
+}
+
+/// Who launches a firmware image.
+#[derive(ValueEnum, Serialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum VmmType {
+    /// QEMU
+    Qemu,
+    /// Amazon EC2
+    Ec2,
+    /// Google Compute Engine
+    Gce,
+}
+
+/// What a launch was made of.
+#[derive(Serialize, Debug)]
+pub struct Source {
+    firmware: PathBuf,
+    vmm_type: VmmType,
+    vcpu_type: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel_hashes: Option<Hashes>,
+}
+
+#[derive(Debug)]
+struct Hashes(KernelHashes);
+
+impl Serialize for Hashes {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let KernelHashes {
+            kernel,
+            initrd,
+            cmdline,
+        } = &self.0;
+        let named = [("kernel", kernel), ("initrd", initrd), ("cmdline", cmdline)];
+        to.collect_map(named.map(|(name, hash)| (name, Hex(hash).to_string())))
+    }
+}
+
+impl Ovmf {
+    /// The image, if that is what is launched.
+    pub(super) fn firmware(&self) -> Option<&Path> {
+        (self.payload == PayloadName::Ovmf)
+            .then_some(self.firmware.as_deref())
+            .flatten()
+    }
+
+    /// Features that were asked for by number.
+    pub(super) fn features(&self) -> Option<SevFeatures> {
+        self.guest_features.map(|bits| SevFeatures::from_bits(bits.0))
+    }
+}
+
+/// The launch of `firmware`, with the kernel of `boot` if there is one.
+pub(super) fn plan(
+    options: &Ovmf,
+    firmware: &Path,
+    boot: &Boot,
+    cpus: u32,
+) -> Result<(Source, LaunchPlan), Unpredictable> {
+    let unknown = || Unpredictable::VcpuType {
+        name: options.vcpu_type.clone(),
+    };
+    let signature = CpuSignature::named(&options.vcpu_type).ok_or_else(unknown)?;
+    let hashes = hashes(boot)?;
+    let guest = Guest {
+        flavour: match options.vmm_type {
+            VmmType::Qemu => Flavour::Qemu,
+            VmmType::Ec2 => Flavour::Ec2,
+            VmmType::Gce => Flavour::Gce,
+        },
+        vcpus: cpus,
+        signature,
+        kernel: hashes.as_ref(),
+    };
+    // The parser refuses what is longer than an image can be.
+    let bytes = InputFile::open("firmware", firmware)?.read_start("firmware", IMAGE_MAX)?;
+    let image = Firmware::parse(bytes).map_err(|cause| Unpredictable::Firmware {
+        path: firmware.into(),
+        cause,
+    })?;
+    let plan = image.plan(&guest)?;
+    let source = Source {
+        firmware: firmware.into(),
+        vmm_type: options.vmm_type,
+        vcpu_type: options.vcpu_type.clone(),
+        kernel_hashes: hashes.map(Hashes),
+    };
+    Ok((source, plan))
+}
+
+/// One byte more than an image may have.
+const IMAGE_MAX: usize = (64 << 20) + 1;
+
+/// Hashes as QEMU makes them with `-kernel`: of whatever the files hold.
+fn hashes(boot: &Boot) -> Result<Option<KernelHashes>, Unpredictable> {
+    let Some(kernel) = &boot.kernel else {
+        return Ok(None);
+    };
+    let open = |role, path: &Path| -> Result<InputFile, FileError> { InputFile::open(role, path) };
+    let kernel = open("kernel", kernel)?;
+    let initrd = boot.initrd.as_deref().map(|path| open("initrd", path));
+    let initrd = initrd.transpose()?;
+    let (kernel, initrd) = plan::blobs(&kernel, initrd.as_ref())?;
+    let cmdline = boot.cmdline.as_deref().unwrap_or_default();
+    Ok(Some(KernelHashes {
+        kernel: kernel.sha256,
+        initrd: initrd.map_or_else(|| sha256(&[]), |blob| blob.sha256),
+        cmdline: sha256(&[cmdline.as_bytes(), &[0]].concat()),
+    }))
+}
