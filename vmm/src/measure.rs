@@ -9,7 +9,7 @@ mod ovmf;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use snp::measure::{self, MeasureError};
+use snp::measure::MeasureError;
 use snp::ovmf::OvmfError;
 
 use crate::cli;

@@ -1,0 +1,307 @@
+//! `cvmm measure` as a shell meets it. `golden/` holds what machine v1 measures: together with `shim/v1.bin` it is a
+//! frozen contract. If one of these files no longer matches, the change belongs into machine v2.
+//! (`NEW_MACHINE=1 cargo test -p vmm --test measure` writes them anew, for a machine that nobody has used yet.)
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "../../snp/tests/images/mod.rs"]
+mod images;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use sha2::{Digest, Sha384};
+
+/// A directory with the test's kernel and initrd, which goes away again.
+struct Inputs(PathBuf);
+
+impl Inputs {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("cvmm-measure-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let mut kernel = vec![0; 6 * 512];
+        let fields: [(usize, &[u8]); 8] = [
+            (0x1f1, &[4]),
+            (0x1fe, &[0x55, 0xaa]),
+            (0x202, b"HdrS"),
+            (0x206, &[0x0f, 0x02]),
+            (0x211, &[1]),
+            (0x236, &[0x7f, 0]),
+            (0x238, &[0xff, 7, 0, 0]),
+            (0x260, &[0, 0, 0x80, 2]),
+        ];
+        for (at, bytes) in fields {
+            kernel[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        fs::write(dir.join("kernel"), kernel).unwrap();
+        let initrd: Vec<u8> = (0..5000u32).map(|i| (i * i >> 3) as u8).collect();
+        fs::write(dir.join("initrd"), initrd).unwrap();
+        Self(dir)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.0.join(name), content).unwrap();
+    }
+
+    /// Runs `cvmm measure` in the directory; exit code, output, error.
+    fn measure(&self, args: &[&str]) -> (i32, String, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
+        command.arg("measure").args(args).current_dir(&self.0);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code().unwrap(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    }
+
+    /// The output for the test's guest with `more` flags, which must succeed.
+    fn guest(&self, more: &[&str]) -> String {
+        let args = [&["--kernel", "kernel", "--initrd", "initrd"], more].concat();
+        let (code, out, err) = self.measure(&args);
+        assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
+        out
+    }
+}
+
+impl Drop for Inputs {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Compares with a golden file.
+fn same(name: &str, found: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("NEW_MACHINE").is_some() {
+        fs::write(&path, found).unwrap();
+    }
+    let frozen = fs::read_to_string(&path).unwrap_or_default();
+    assert!(found == frozen, "machine v1 is frozen, but {name} is now:\n{found}");
+}
+
+#[test]
+fn machine_v1_is_frozen() {
+    let inputs = Inputs::new("golden");
+    for platform in ["soft", "snp"] {
+        let flags = ["--platform", platform, "--cmdline", "console=ttyS0 ro"];
+        let table = inputs.guest(&[&flags[..], &["--table", "4"]].concat());
+        same(&format!("v1-{platform}-digests.txt"), &table);
+        let pages = inputs.guest(&[&flags[..], &["--cpus", "2", "--explain"]].concat());
+        same(&format!("v1-{platform}-pages.txt"), &pages);
+        for (cpus, line) in (1..).zip(table.lines()) {
+            let cpus = format!("{cpus}");
+            let digest = inputs.guest(&[&flags[..], &["--cpus", &cpus]].concat());
+            assert_eq!(format!("{cpus} {digest}"), format!("{line}\n"));
+        }
+        let last = pages.lines().last().unwrap();
+        let second = table.lines().nth(1).unwrap().trim_start_matches("2 ");
+        assert!(last.contains(second), "{last}");
+    }
+}
+
+/// The listing is enough for somebody who does not trust cvmm's arithmetic.
+#[test]
+fn the_digest_follows_from_the_listed_pages() {
+    let inputs = Inputs::new("fold");
+    let unhex = |text: &str| -> Vec<u8> {
+        let digits = text.as_bytes().chunks(2).map(|d| std::str::from_utf8(d).unwrap());
+        digits.map(|d| u8::from_str_radix(d, 16).unwrap()).collect()
+    };
+    let mut digest = vec![0; 48];
+    for line in inputs.guest(&["--cpus", "3", "--explain"]).lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (gpa, words) = match words[0].strip_prefix("0x") {
+            Some(gpa) => (u64::from_str_radix(gpa, 16).unwrap(), &words[1..]),
+            None => (0xffff_ffff_f000, &words[2..]),
+        };
+        let kinds = ["", "NORMAL", "VMSA", "ZERO", "UNMEASURED", "SECRETS", "CPUID"];
+        let kind = kinds.iter().position(|kind| *kind == words[0]).unwrap() as u8;
+        let contents = if words[1] == "-" { vec![0; 48] } else { unhex(words[1]) };
+        let head = [0x70, 0, kind, 0, 0, 0, 0, 0];
+        let info = [&digest[..], &contents, &head, &gpa.to_le_bytes()].concat();
+        digest = Sha384::digest(&info).to_vec();
+        assert_eq!(digest, unhex(words[2]), "{line}");
+    }
+    assert_eq!(digest, unhex(inputs.guest(&["--cpus", "3"]).trim()));
+}
+
+#[test]
+fn what_no_launch_measures_changes_nothing_and_is_not_opened() {
+    let inputs = Inputs::new("same");
+    let plain = inputs.guest(&[]);
+    assert_eq!(plain.len(), 97);
+    let cases: &[&[&str]] = &[
+        &["--platform", "snp"],
+        &["--platform", "auto", "--cpus", "1"],
+        &["--memory", "64G"],
+        &["--cmdline", "console=ttyS0"],
+        &["--disk", "/nonexistent", "--net", "tap=none", "--rng"],
+        &["--policy", "0x20000", "--host-data", &"ab".repeat(32)],
+        &["--id-block", "/nonexistent", "--id-auth", "/nonexistent"],
+        &["--certs", "/nonexistent"],
+    ];
+    for more in cases {
+        assert_eq!(inputs.guest(more), plain, "{more:?}");
+    }
+    let cases: &[&[&str]] = &[
+        &["--platform", "soft"],
+        &["--cpus", "2"],
+        &["--cmdline", "console=ttyS0 "],
+        &["--debug-swap"],
+        &["--secure-tsc"],
+    ];
+    for more in cases {
+        assert_ne!(inputs.guest(more), plain, "{more:?}");
+    }
+}
+
+#[test]
+fn json_says_everything_at_once() {
+    let inputs = Inputs::new("json");
+    let json = inputs.guest(&["--cpus", "2", "--json", "--explain", "--debug-swap"]);
+    let answer: Value = serde_json::from_str(&json).unwrap();
+    let table = inputs.guest(&["--table", "2", "--debug-swap"]);
+    let digests: Vec<&str> = table.lines().map(|line| &line[2..]).collect();
+    assert_eq!(answer["digests"], serde_json::to_value(&digests).unwrap());
+    assert_eq!(answer["digest"], digests[1]);
+    let steps = answer["steps"].as_array().unwrap();
+    let pages = answer["pages"].as_u64().unwrap();
+    assert_eq!(steps.len() as u64, pages + 2);
+    assert!(pages <= 20, "{pages} pages");
+    assert_eq!(steps.last().unwrap()["digest"], digests[1]);
+    let expected = [
+        ("schema", Value::from(1)),
+        ("platform", "snp".into()),
+        ("payload", "shim".into()),
+        ("cpus", 2.into()),
+        ("sev_features", "0x21".into()),
+        ("policy", "0x30000".into()),
+        ("host_data", "00".repeat(32).into()),
+        ("cmdline", "console=ttyS0".into()),
+    ];
+    for (field, value) in expected {
+        assert_eq!(answer[field], value, "{field}");
+    }
+    assert_eq!(answer["kernel"]["bytes"], 3072);
+    assert_eq!(answer["initrd"]["path"], "initrd");
+    let (_, found, _) = inputs.measure(&["--kernel", "kernel", "--json"]);
+    let answer: Value = serde_json::from_str(&found).unwrap();
+    assert!(answer["initrd"].is_null() && answer["steps"].is_null());
+}
+
+#[test]
+fn a_configuration_means_what_its_flags_mean() {
+    let inputs = Inputs::new("config");
+    let flags = ["--cpus", "3", "--cmdline", "quiet", "--secure-tsc", "--platform", "snp"];
+    inputs.write(
+        "guest.json",
+        r#"{"boot":{"kernel":"kernel","initrd":"initrd","cmdline":"quiet"},"cpus":3,"platform":"snp","snp":{"secure_tsc":true}}"#,
+    );
+    let (code, out, err) = inputs.measure(&["--config", "guest.json"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(out, inputs.guest(&flags));
+}
+
+#[test]
+fn a_difference_is_named() {
+    let inputs = Inputs::new("diff");
+    let file = |name: &str, boot: &str, rest: &str| {
+        inputs.write(name, format!(r#"{{"boot":{{"kernel":"kernel"{boot}}}{rest}}}"#));
+    };
+    file("a", "", "");
+    file("memory", "", r#","memory":"4G""#);
+    file("cmdline", r#","cmdline":"quiet""#, "");
+    file("initrd", r#","initrd":"initrd""#, "");
+    file("swap", "", r#","snp":{"debug_swap":true}"#);
+    file("cpus", "", r#","cpus":4"#);
+    file("soft", "", r#","platform":"soft""#);
+    let cases = [
+        ("memory", 0, "the launches are the same"),
+        (
+            "cmdline",
+            40,
+            "the contents of \"CONFIG\" differ, first in byte 0x78 of the page at 0x10e000\n\
+             \x20 cmdline: console=ttyS0\n      not: quiet",
+        ),
+        (
+            "initrd",
+            40,
+            "the contents of \"CONFIG\" differ, first in byte 0x50 of the page at 0x10e000\n\
+             \x20 initrd: none\n     not: 5000 bytes, SHA-256 ",
+        ),
+        (
+            "swap",
+            40,
+            "the registers of vCPU 0 differ: sev_features: 0x1 and 0x21",
+        ),
+        ("cpus", 40, "the first plan has 1 vCPUs, the second 4"),
+        ("soft", 40, "the contents of \"boot page tables\" differ, first in byte "),
+    ];
+    for (other, expected, says) in cases {
+        let (code, out, err) = inputs.measure(&["--diff", "a", other]);
+        assert_eq!((code, err.as_str()), (expected, ""), "{other}: {out}");
+        let words = out.splitn(3, '\n').last().unwrap();
+        assert!(words.starts_with(says), "{other}: {words}");
+    }
+}
+
+/// Digests that sev-snp-measure gave for the same images (`snp/tests/recorded`).
+#[test]
+fn firmware_digests_equal_those_of_sev_snp_measure() {
+    let inputs = Inputs::new("ovmf");
+    inputs.write("k", "not a kernel, but hashed like one");
+    inputs.write("i", "nor an initrd");
+    for (name, sections) in images::LAYOUTS {
+        inputs.write(name, images::image(sections));
+    }
+    let recorded = include_str!("../../snp/tests/recorded/sev-snp-measure.txt");
+    let boot: &[&str] = &["--kernel", "k", "--initrd", "i", "--cmdline", "console=ttyS0 ro"];
+    let cases: [(&str, &[&str], &[&str]); 5] = [
+        ("hashes QEMU 1 EPYC-v4 0x1 - ", &["hashes"], &[]),
+        ("hashes QEMU 4 EPYC-IBPB 0x21 kernel+initrd+console=ttyS0 ro ", &["hashes", "--cpus", "4", "--vcpu-type", "EPYC-IBPB", "--debug-swap"], boot),
+        ("hashes QEMU 64 EPYC-Genoa 0x1 - ", &["hashes", "--cpus", "64", "--vcpu-type", "EPYC-Genoa"], &[]),
+        ("hashes QEMU 2 EPYC-Milan-v2 0x221 - ", &["hashes", "--cpus", "2", "--vcpu-type", "EPYC-Milan-v2", "--guest-features", "0x221"], &[]),
+        ("cpuid-first QEMU 2 EPYC-v4 0x1 kernel ", &["cpuid-first", "--cpus", "2"], &["--kernel", "k"]),
+    ];
+    for (row, flags, boot) in cases {
+        let line = recorded.lines().find_map(|line| line.split_once(row));
+        let expected = line.unwrap_or_else(|| unreachable!("no record of {row}")).1;
+        let args = [&["--payload", "ovmf", "--firmware"], flags, boot].concat();
+        assert_eq!(inputs.measure(&args), (0, format!("{expected}\n"), String::new()), "{args:?}");
+    }
+}
+
+#[test]
+fn mistakes_are_named_with_a_remedy() {
+    let inputs = Inputs::new("mistakes");
+    inputs.write("text", "just text, no kernel and no firmware");
+    let ovmf = |more: &[&'static str]| [&["--payload", "ovmf", "--firmware"], more].concat();
+    let cases: Vec<(Vec<&str>, &str)> = vec![
+        (vec![], "cvmm: no kernel given; add --kernel PATH"),
+        (vec!["--kernel", "text"], "cvmm: kernel text: not a bzImage"),
+        (vec!["--kernel", "kernel", "--initrd", "none"], "cvmm: initrd none: not found; check the path"),
+        (vec!["--kernel", "kernel", "--table", "0"], "cvmm: cpus: 0 is not between 1 and 256"),
+        (vec!["--kernel", "kernel", "--platform", "tdx"], "cvmm: platform tdx: its digest cannot be predicted yet; "),
+        (vec!["--kernel", "kernel", "--platform", "soft", "--debug-swap"], "cvmm: --debug-swap: only an SNP guest has it; "),
+        (vec!["--kernel", "kernel", "--policy", "0x1"], "cvmm: policy: 0x1 is not a guest policy: "),
+        (ovmf(&["text"]), "cvmm: firmware text: a firmware image is 4 KiB to 64 MiB"),
+        (ovmf(&["text", "--vcpu-type", "Opteron"]), "cvmm: vcpu-type Opteron: unknown; give EPYC-v4"),
+        (vec!["--payload", "ovmf"], "--firmware <PATH>"),
+        (vec!["--diff", "none", "none"], "cvmm: config none: "),
+    ];
+    for (args, says) in cases {
+        let (code, out, err) = inputs.measure(&args);
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
+        assert!(err.contains(says), "{args:?}: {err}");
+    }
+}
