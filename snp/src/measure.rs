@@ -124,7 +124,11 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
 }
 
 /// The contents of `range` if pages of this kind are measured by them.
-pub(crate) fn measured(kind: PageType, range: PageRange, bytes: &[u8]) -> Result<Option<&[u8]>, MeasureError> {
+pub(crate) fn measured(
+    kind: PageType,
+    range: PageRange,
+    bytes: &[u8],
+) -> Result<Option<&[u8]>, MeasureError> {
     if !matches!(kind, PageType::Normal | PageType::Vmsa) {
         return Ok(None);
     }

@@ -81,12 +81,17 @@ impl Drop for Inputs {
 
 /// Compares with a golden file.
 fn same(name: &str, found: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
     if std::env::var_os("NEW_MACHINE").is_some() {
         fs::write(&path, found).unwrap();
     }
     let frozen = fs::read_to_string(&path).unwrap_or_default();
-    assert!(found == frozen, "machine v1 is frozen, but {name} is now:\n{found}");
+    assert!(
+        found == frozen,
+        "machine v1 is frozen, but {name} is now:\n{found}"
+    );
 }
 
 #[test]
@@ -126,7 +131,11 @@ fn the_digest_follows_from_the_listed_pages() {
         };
         let kinds = ["", "NORMAL", "VMSA", "ZERO", "UNMEASURED", "SECRETS", "CPUID"];
         let kind = kinds.iter().position(|kind| *kind == words[0]).unwrap() as u8;
-        let contents = if words[1] == "-" { vec![0; 48] } else { unhex(words[1]) };
+        let contents = if words[1] == "-" {
+            vec![0; 48]
+        } else {
+            unhex(words[1])
+        };
         let head = [0x70, 0, kind, 0, 0, 0, 0, 0];
         let info = [&digest[..], &contents, &head, &gpa.to_le_bytes()].concat();
         digest = Sha384::digest(&info).to_vec();
@@ -202,7 +211,15 @@ fn json_says_everything_at_once() {
 #[test]
 fn a_configuration_means_what_its_flags_mean() {
     let inputs = Inputs::new("config");
-    let flags = ["--cpus", "3", "--cmdline", "quiet", "--secure-tsc", "--platform", "snp"];
+    let flags = [
+        "--cpus",
+        "3",
+        "--cmdline",
+        "quiet",
+        "--secure-tsc",
+        "--platform",
+        "snp",
+    ];
     inputs.write(
         "guest.json",
         r#"{"boot":{"kernel":"kernel","initrd":"initrd","cmdline":"quiet"},"cpus":3,"platform":"snp","snp":{"secure_tsc":true}}"#,
@@ -216,7 +233,10 @@ fn a_configuration_means_what_its_flags_mean() {
 fn a_difference_is_named() {
     let inputs = Inputs::new("diff");
     let file = |name: &str, boot: &str, rest: &str| {
-        inputs.write(name, format!(r#"{{"boot":{{"kernel":"kernel"{boot}}}{rest}}}"#));
+        inputs.write(
+            &format!("{name}.json"),
+            format!(r#"{{"boot":{{"kernel":"kernel"{boot}}}{rest}}}"#),
+        );
     };
     file("a", "", "");
     file("memory", "", r#","memory":"4G""#);
@@ -245,10 +265,15 @@ fn a_difference_is_named() {
             "the registers of vCPU 0 differ: sev_features: 0x1 and 0x21",
         ),
         ("cpus", 40, "the first plan has 1 vCPUs, the second 4"),
-        ("soft", 40, "the contents of \"boot page tables\" differ, first in byte "),
+        (
+            "soft",
+            40,
+            "the contents of \"boot page tables\" differ, first in byte ",
+        ),
     ];
     for (other, expected, says) in cases {
-        let (code, out, err) = inputs.measure(&["--diff", "a", other]);
+        let second = format!("{other}.json");
+        let (code, out, err) = inputs.measure(&["--diff", "a.json", &second]);
         assert_eq!((code, err.as_str()), (expected, ""), "{other}: {out}");
         let words = out.splitn(3, '\n').last().unwrap();
         assert!(words.starts_with(says), "{other}: {words}");
@@ -268,16 +293,51 @@ fn firmware_digests_equal_those_of_sev_snp_measure() {
     let boot: &[&str] = &["--kernel", "k", "--initrd", "i", "--cmdline", "console=ttyS0 ro"];
     let cases: [(&str, &[&str], &[&str]); 5] = [
         ("hashes QEMU 1 EPYC-v4 0x1 - ", &["hashes"], &[]),
-        ("hashes QEMU 4 EPYC-IBPB 0x21 kernel+initrd+console=ttyS0 ro ", &["hashes", "--cpus", "4", "--vcpu-type", "EPYC-IBPB", "--debug-swap"], boot),
-        ("hashes QEMU 64 EPYC-Genoa 0x1 - ", &["hashes", "--cpus", "64", "--vcpu-type", "EPYC-Genoa"], &[]),
-        ("hashes QEMU 2 EPYC-Milan-v2 0x221 - ", &["hashes", "--cpus", "2", "--vcpu-type", "EPYC-Milan-v2", "--guest-features", "0x221"], &[]),
-        ("cpuid-first QEMU 2 EPYC-v4 0x1 kernel ", &["cpuid-first", "--cpus", "2"], &["--kernel", "k"]),
+        (
+            "hashes QEMU 4 EPYC-IBPB 0x21 kernel+initrd+console=ttyS0 ro ",
+            &[
+                "hashes",
+                "--cpus",
+                "4",
+                "--vcpu-type",
+                "EPYC-IBPB",
+                "--debug-swap",
+            ],
+            boot,
+        ),
+        (
+            "hashes QEMU 64 EPYC-Genoa 0x1 - ",
+            &["hashes", "--cpus", "64", "--vcpu-type", "EPYC-Genoa"],
+            &[],
+        ),
+        (
+            "hashes QEMU 2 EPYC-Milan-v2 0x221 - ",
+            &[
+                "hashes",
+                "--cpus",
+                "2",
+                "--vcpu-type",
+                "EPYC-Milan-v2",
+                "--guest-features",
+                "0x221",
+            ],
+            &[],
+        ),
+        (
+            "cpuid-first QEMU 2 EPYC-v4 0x1 kernel ",
+            &["cpuid-first", "--cpus", "2"],
+            &["--kernel", "k"],
+        ),
     ];
     for (row, flags, boot) in cases {
         let line = recorded.lines().find_map(|line| line.split_once(row));
         let expected = line.unwrap_or_else(|| unreachable!("no record of {row}")).1;
         let args = [&["--payload", "ovmf", "--firmware"], flags, boot].concat();
-        assert_eq!(inputs.measure(&args), (0, format!("{expected}\n"), String::new()), "{args:?}");
+        assert_eq!(
+            inputs.measure(&args),
+            (0, format!("{expected}\n"), String::new()),
+            "{args:?}"
+        );
     }
 }
 
@@ -289,13 +349,34 @@ fn mistakes_are_named_with_a_remedy() {
     let cases: Vec<(Vec<&str>, &str)> = vec![
         (vec![], "cvmm: no kernel given; add --kernel PATH"),
         (vec!["--kernel", "text"], "cvmm: kernel text: not a bzImage"),
-        (vec!["--kernel", "kernel", "--initrd", "none"], "cvmm: initrd none: not found; check the path"),
-        (vec!["--kernel", "kernel", "--table", "0"], "cvmm: cpus: 0 is not between 1 and 256"),
-        (vec!["--kernel", "kernel", "--platform", "tdx"], "cvmm: platform tdx: its digest cannot be predicted yet; "),
-        (vec!["--kernel", "kernel", "--platform", "soft", "--debug-swap"], "cvmm: --debug-swap: only an SNP guest has it; "),
-        (vec!["--kernel", "kernel", "--policy", "0x1"], "cvmm: policy: 0x1 is not a guest policy: "),
-        (ovmf(&["text"]), "cvmm: firmware text: a firmware image is 4 KiB to 64 MiB"),
-        (ovmf(&["text", "--vcpu-type", "Opteron"]), "cvmm: vcpu-type Opteron: unknown; give EPYC-v4"),
+        (
+            vec!["--kernel", "kernel", "--initrd", "none"],
+            "cvmm: initrd none: not found; check the path",
+        ),
+        (
+            vec!["--kernel", "kernel", "--table", "0"],
+            "cvmm: cpus: 0 is not between 1 and 256",
+        ),
+        (
+            vec!["--kernel", "kernel", "--platform", "tdx"],
+            "cvmm: platform tdx: its digest cannot be predicted yet; ",
+        ),
+        (
+            vec!["--kernel", "kernel", "--platform", "soft", "--debug-swap"],
+            "cvmm: --debug-swap: only an SNP guest has it; ",
+        ),
+        (
+            vec!["--kernel", "kernel", "--policy", "0x1"],
+            "cvmm: policy: 0x1 is not a guest policy: ",
+        ),
+        (
+            ovmf(&["text"]),
+            "cvmm: firmware text: a firmware image is 4 KiB to 64 MiB",
+        ),
+        (
+            ovmf(&["text", "--vcpu-type", "Opteron"]),
+            "cvmm: vcpu-type Opteron: unknown; give EPYC-v4",
+        ),
         (vec!["--payload", "ovmf"], "--firmware <PATH>"),
         (vec!["--diff", "none", "none"], "cvmm: config none: "),
     ];
