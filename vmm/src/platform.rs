@@ -2,27 +2,43 @@
 
 mod soft;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use arch::platform::Platform;
+use arch::platform::{LaunchPlan, Platform};
 use shim::reason::Reason;
+use snp::measure::{self, MeasureError, Measurement};
 use snp::platform::Snp;
+use snp::vmsa::SevFeatures;
 
 use crate::plan::Mode;
 use crate::spec::PlatformSpec;
 
+/// Where a platform that measures leaves the digest of its launch once the guest is sealed.
+#[derive(Clone, Debug, Default)]
+pub struct Launched(Option<Arc<Mutex<Option<Measurement>>>>);
+
+impl Launched {
+    /// The digest of the launch; `None` before the guest is sealed, and on a platform that measures nothing.
+    pub fn digest(&self) -> Option<Measurement> {
+        let slot = self.0.as_ref()?;
+        *slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Opens the platform.
-pub fn open(spec: &PlatformSpec) -> Box<dyn Platform> {
+pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
     match spec {
-        PlatformSpec::Soft => Box::new(soft::Soft),
+        PlatformSpec::Soft => (Box::new(soft::Soft), Launched::default()),
         PlatformSpec::Snp(spec) => {
             let words = |code| Reason::from_code(code).map(|reason| reason.to_string());
-            Box::new(Snp::new(
+            let snp = Snp::new(
                 Arc::clone(&spec.sev),
                 spec.config.clone(),
                 spec.certs.clone(),
                 words,
-            ))
+            );
+            let launched = Launched(Some(snp.digest()));
+            (Box::new(snp), launched)
         }
     }
 }
@@ -33,4 +49,16 @@ pub fn mode(spec: &PlatformSpec) -> Mode {
         PlatformSpec::Soft => Mode::Soft,
         PlatformSpec::Snp(_) => Mode::Snp,
     }
+}
+
+/// The digest that `cvmm measure` prints for the same arguments.
+///
+/// # Errors
+/// A mistake in the plan.
+pub fn predict(spec: &PlatformSpec, plan: &LaunchPlan) -> Result<Measurement, MeasureError> {
+    let features = match spec {
+        PlatformSpec::Soft => SevFeatures::SNP,
+        PlatformSpec::Snp(spec) => spec.config.features,
+    };
+    measure::digest(plan, features)
 }

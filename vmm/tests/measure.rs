@@ -14,6 +14,7 @@
 mod images;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -385,4 +386,55 @@ fn mistakes_are_named_with_a_remedy() {
         assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
         assert!(err.contains(says), "{args:?}: {err}");
     }
+}
+
+/// `run` says before the guest's first instruction what `measure` said without a host.
+#[test]
+fn a_run_announces_the_digest_that_was_predicted() {
+    let kvm = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(e) = kvm {
+        println!("SKIPPED: /dev/kvm: {e}");
+        return;
+    }
+    let inputs = Inputs::new("event");
+    let flags = [
+        "--platform",
+        "soft",
+        "--cpus",
+        "2",
+        "--initrd",
+        "initrd",
+        "--kernel",
+        "kernel",
+    ];
+    let (code, predicted, err) = inputs.measure(&flags);
+    assert_eq!(code, 0, "{err}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
+    command
+        .arg("run")
+        .args(flags)
+        .args(["--events", "fd:1", "--console", "none", "--no-reboot"]);
+    command
+        .current_dir(&inputs.0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut run = command.spawn().unwrap();
+    let mut events = BufReader::new(run.stdout.take().unwrap()).lines();
+    let mut seen = Vec::new();
+    // The kernel is none, so the guest ends by itself soon.
+    let measured = events.by_ref().map_while(Result::ok).find_map(|line| {
+        let event: Value = serde_json::from_str(&line).unwrap();
+        seen.push(event["event"].to_string());
+        (event["event"] == "measured").then_some(event)
+    });
+    run.kill().unwrap();
+    let output = run.wait_with_output().unwrap();
+    let Some(event) = measured else {
+        let err = String::from_utf8(output.stderr).unwrap();
+        unreachable!("no digest after {seen:?}: {err}");
+    };
+    assert_eq!(event["digest"], predicted.trim());
+    assert_eq!(event["protected"], false);
+    assert_eq!(seen, ["\"started\"", "\"measured\""]);
 }

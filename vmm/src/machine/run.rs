@@ -35,16 +35,22 @@ pub(super) struct World<'a> {
 /// Launches the machine, runs it, and takes it down.
 pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
     let parts = world.parts;
-    let platform = platform::open(&parts.platform);
+    let (platform, launched) = platform::open(&parts.platform);
     let ground = Ground::lay(world.host, platform.as_ref(), parts.memory_bytes, parts.cpus)?;
     let launch = platform.begin(ground.foundation())?;
     let mut vcpus = ground.vcpus(parts.cpus)?;
     let mut plan = plan::machine_v1(platform::mode(&parts.platform), world.payload, parts.cpus)
         .map_err(|e| RunError::Internal(e.to_string()))?;
+    let predicted =
+        platform::predict(&parts.platform, &plan).map_err(|e| RunError::Internal(e.to_string()))?;
     if matches!(parts.platform, PlatformSpec::Soft) && !cpuid::has_gib_pages(&ground.cpuid) {
         plan::without_gib_pages(&mut plan).map_err(|e| RunError::Internal(e.to_string()))?;
     }
     let sealed = plan.apply(launch, &mut vcpus)?;
+    world.events.emit(&Event::Measured {
+        digest: launched.digest().unwrap_or(predicted).to_string(),
+        protected: launched.digest().is_some(),
+    });
     let staging = stage(world, &ground)?;
 
     let inbox = Inbox::new().map_err(RunError::host("making the main thread's inbox"))?;
