@@ -24,7 +24,7 @@ scripts/rig certs                         the folder of the emulated SNP host's 
                                           vcek.pem) and of the table for its guests (certs.table)
 scripts/rig console|list|down [--name N]  L1's kernel log; the L1s that are up; end one
 
-OPTION: --snp | --tdx (an emulated SNP or TDX host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
+OPTION: --snp (an emulated SEV-SNP host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
 --with-qemu (QEMU in L1 as /opt/qemu/run), --append WORDS (for L1's kernel), --timeout S, --env K=V, --stdin, and
 --raw (each key goes to COMMAND at once, as a guest's console wants it; Ctrl-] ends).
 
@@ -39,9 +39,7 @@ def _parser(verb):
     parser = argparse.ArgumentParser(prog="scripts/rig", usage=USAGE, add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     if verb in ("run", "up"):
-        kind = parser.add_mutually_exclusive_group()
-        kind.add_argument("--snp", dest="kind", action="store_const", const="snp", default="plain")
-        kind.add_argument("--tdx", dest="kind", action="store_const", const="tdx")
+        parser.add_argument("--snp", dest="kind", action="store_const", const="snp", default="plain")
         parser.add_argument("--cpus", type=int, default=1)
         parser.add_argument("--memory", type=int, default=2500, metavar="MB")
         parser.add_argument("--file", action="append", default=[], metavar="SRC[:DST]")

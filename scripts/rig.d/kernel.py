@@ -84,7 +84,7 @@ def newest(flavour):
 
 def _fetch(suite, flavour, needs, folder):
     images = [name for name in needs if name.startswith("linux-")]
-    say(f"fetching Debian's {images[0]}")
+    say(f"fetching Debian's {next((name for name in images if name.startswith('linux-image-')), flavour)}")
     tree = folder / "tree"
     pending, seen = images, set()
     while pending:

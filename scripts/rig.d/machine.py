@@ -26,11 +26,9 @@ SNP_CPU = (
     "max,vendor=AuthenticAMD,family=25,model=1,stepping=1,phys-bits=48,-hypervisor,-la57,+svm,+npt,+nrip-save,"
     "+decodeassists,+flushbyasid,+lbrv,snp-emu=on"
 )
-TDX_CPU = "max,vendor=GenuineIntel,family=6,model=173,stepping=1,phys-bits=48,-hypervisor,-la57,-svm,-mpx,-pks,tdx-emu=on"
 APPEND = {
     "plain": "",
     "snp": "printk.devkmsg=on",
-    "tdx": "kvm_intel.tdx=1 kvm_intel.nested=0 nohibernate",
 }
 
 
@@ -62,10 +60,9 @@ def command(spec, folder):
             ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", BASE_CPU]
     else:
         words = [str(patched_qemu.binary()), *base.firmware]
-        machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi"]
-        machine += ["-cpu", SNP_CPU if spec.kind == "snp" else TDX_CPU]
-        if spec.kind == "snp":
-            machine += ["-device", "amd-iommu,intremap=off", "-device", f"psp-emu,trace=off,host-checks=off,vcek={snp_keys.secret()}"]
+        machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi", "-cpu", SNP_CPU]
+        machine += ["-device", "amd-iommu,intremap=off"]
+        machine += ["-device", f"psp-emu,trace=off,host-checks=off,vcek={snp_keys.secret()}"]
     vmlinuz, initrd = boot_files(spec)
     append = f"console=ttyS0 panic=-1 mitigations=off cvmm.role=l1 {APPEND[spec.kind]} {spec.append}"
     words += [*machine, "-smp", str(spec.cpus), "-m", str(spec.memory), "-nodefaults", "-nographic", "-no-reboot"]
@@ -86,23 +83,16 @@ def command(spec, folder):
 
 def boot_files(spec):
     """(vmlinuz, initrd) of L1."""
-    if spec.kind == "tdx":
-        import tdx_kernel
-        image, modules = tdx_kernel.image(), []
-        name = "tdx"
-    else:
-        debian = kernel.newest("amd64")
-        image, name = debian.vmlinuz, debian.release
-        modules = [*MODULES, "kvm-intel"] if spec.kind == "plain" and native_kvm() else MODULES
+    debian = kernel.newest("amd64")
+    modules = [*MODULES, "kvm-intel"] if spec.kind == "plain" and native_kvm() else MODULES
     busybox, program = programs.busybox(), programs.guest_program()
-    key = cache.key(busybox[-4096:], program, name, " ".join(modules), HERE / "machine.py", HERE / "initramfs.py")
+    key = cache.key(busybox[-4096:], program, debian.release, " ".join(modules), HERE / "machine.py", HERE / "initramfs.py")
 
     def make(folder):
-        say(f"making the initramfs of L1 for Linux {name}")
-        files = debian.modules(modules) if modules else []
-        (folder / "initrd").write_bytes(_initramfs(busybox, program, files))
+        say(f"making the initramfs of L1 for Linux {debian.release}")
+        (folder / "initrd").write_bytes(_initramfs(busybox, program, debian.modules(modules)))
 
-    return image, cache.made(f"l1/{key}", make) / "initrd"
+    return debian.vmlinuz, cache.made(f"l1/{key}", make) / "initrd"
 
 
 def _initramfs(busybox, program, modules):
