@@ -1,0 +1,39 @@
+#!/bin/sh
+# Runs in L1: cvmm with the given arguments, and around it the host's side of what the guest's tests need.
+# NET=1: a tap and a TCP peer. VSOCK=1: both directions over vsock. DISK=MiB: an empty disk.
+# EXTRA: shell text to run beside cvmm, its process number in $PID. TIMEOUT: seconds until cvmm is killed.
+cd /root || exit 1
+rm -rf console events err out extra v v_*
+: > console
+if [ -n "$NET" ]; then
+    [ -d /sys/class/net/tap0 ] || { tunctl -t tap0 && ip addr add 10.9.0.1/24 dev tap0 && ip link set tap0 up; } >out 2>&1
+    ./tool serve tcp:10.9.0.1:7000 >net.log 2>&1 &
+    set -- "$@" --net tap=tap0
+fi
+if [ -n "$VSOCK" ]; then
+    ./tool serve unix:/root/v_5000 >vsock.log 2>&1 &
+    set -- "$@" --vsock cid=42,uds=/root/v
+fi
+timeout -s KILL "${TIMEOUT:-240}" ./cvmm run "$@" --events /root/events 2>err &
+PID=$!
+if [ -n "$VSOCK" ]; then
+    (
+        while ! grep -q CVMM-LISTENING console && kill -0 $PID; do sleep 0.3; done
+        ./tool connect hybrid:/root/v:6000 "$VSOCK"
+    ) >listen.log 2>&1 &
+fi
+# timeout's child is the program itself.
+if [ -n "$EXTRA" ]; then
+    (sleep 0.2; PID=$(pgrep -P $PID); eval "$EXTRA") >extra 2>&1 &
+    BESIDE=$!
+fi
+wait $PID
+CODE=$?
+[ -n "$EXTRA" ] && wait $BESIDE
+killall tool 2>/dev/null
+touch events extra err
+for part in console events extra; do echo "=== $part"; cat $part; echo; done | sed '/^$/d'
+echo "=== stderr"
+cat err
+echo "=== code"
+echo $CODE

@@ -1,0 +1,121 @@
+"""An L1 host and the guests that run in it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RIG = str(ROOT / "scripts/rig")
+CONSOLE_TAIL = 25
+
+
+def output(*command, **options):
+    """What a command on this machine prints; its failure is ours."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, **options).stdout
+
+
+def guest_files():
+    """The stock kernels, test initrds, disk and tool that scripts/guest makes."""
+    return dict(line.split("=", 1) for line in output("scripts/guest").splitlines())
+
+
+@dataclass
+class Ended:
+    """One run of cvmm in L1."""
+
+    code: int
+    console: str
+    stderr: str
+    events: list = field(default_factory=list)
+    extra: str = ""
+
+    def results(self):
+        """The guest's own verdicts, by test name."""
+        found = re.findall(r"CVMM-TEST (\S+) (PASS|FAIL) ?(.*)", self.console)
+        return {name: (verdict, note.strip()) for name, verdict, note in found}
+
+    def passed(self, *names):
+        """Asserts that the guest passed these tests and that cvmm says it powered off."""
+        results = self.results()
+        for name in names:
+            verdict = results.get(name, ("missing", ""))
+            assert verdict[0] == "PASS", f"guest test {name}: {verdict}\n{self.tail()}"
+        assert self.code == 0, f"cvmm ended with {self.code}: {self.stderr.strip()}\n{self.tail()}"
+        return results
+
+    def event_names(self):
+        """Names of the events, in order."""
+        return [event["event"] for event in self.events]
+
+    def tail(self):
+        """The last lines of console and messages, for people."""
+        lines = (self.console + self.stderr).splitlines()[-CONSOLE_TAIL:]
+        return "\n".join("    " + line for line in lines)
+
+
+class Host:
+    """An L1 that stays up for many tests."""
+
+    def __init__(self, kind, keep=False):
+        self.kind, self.keep = kind, keep
+        self.name = f"test-{kind}-{os.getpid()}"
+
+    def __enter__(self):
+        self.files = guest_files()
+        binary = os.environ.get("CVMM_BINARY") or output("scripts/build").strip()
+        self.binary = binary
+        places = {
+            binary: "/root/cvmm",
+            self.files["guest_tool"]: "/root/tool",
+            str(ROOT / "tests/rig/guest.sh"): "/root/guest.sh",
+            self.files["disk"]: "/root/disk",
+        }
+        for flavour in ("amd64", "cloud"):
+            places[self.files[f"{flavour}_kernel"]] = f"/root/{flavour}-kernel"
+            places[self.files[f"{flavour}_initrd"]] = f"/root/{flavour}-initrd"
+        options = ["--snp"] if self.kind == "snp" else []
+        for source, place in places.items():
+            options += ["--file", f"{source}:{place}"]
+        began = time.monotonic()
+        subprocess.run([RIG, "up", "--name", self.name, "--memory", "3500", *options], check=True)
+        print(f"     {self.kind} L1 is up ({time.monotonic() - began:.0f} s)", flush=True)
+        return self
+
+    def __exit__(self, *_):
+        if not self.keep:
+            subprocess.run([RIG, "down", "--name", self.name], check=False)
+
+    def shell(self, script, timeout=120, check=True):
+        """Runs a shell script in L1; gives exit code and output."""
+        done = subprocess.run(
+            [RIG, "exec", "--name", self.name, "--timeout", str(timeout), "--", "sh", "-c", script],
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if check:
+            assert done.returncode == 0, f"`{script}` in L1 ended with {done.returncode}: {done.stdout}{done.stderr}"
+        return done.returncode, done.stdout + done.stderr
+
+    def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, **env):
+        """Runs one guest to its end, by guest.sh, with whatever the tests in `run` need on the host's side."""
+        words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()
+        command = [
+            "--kernel", f"/root/{flavour}-kernel", "--initrd", f"/root/{flavour}-initrd", "--cmdline", words,
+            "--platform", "snp" if self.kind == "snp" else "soft", "--console", "file=/root/console",
+            *arguments,
+        ]  # fmt: skip
+        settings = {"TIMEOUT": timeout, "EXTRA": extra, "NET": "1" if net else "", **env}
+        exports = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
+        quoted = " ".join(shlex.quote(str(word)) for word in command)
+        code, text = self.shell(f"{exports} /root/guest.sh {quoted}", timeout + 60, check=False)
+        parts = dict(re.findall(r"^=== (\w+)\n(.*?)(?=^=== |\Z)", text, flags=re.M | re.S))
+        assert "code" in parts, f"guest.sh ended with {code}:\n{text[-2000:]}"
+        events = [json.loads(line) for line in parts["events"].splitlines()]
+        console = parts["console"].replace("\r", "")
+        return Ended(int(parts["code"]), console, parts["stderr"], events, parts.get("extra", ""))

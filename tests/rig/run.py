@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Whole-program tests in the nested rig: cvmm on the real KVM of an L1 host, with stock Debian guests.
+
+Usage: tests/rig/run.py [--list] [--keep] [NAME...]
+Boots each kind of L1 once and runs every test in it. Prints a line a test, and `N passed, N failed` at the end.
+"""
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.dont_write_bytecode = True
+
+import snp  # noqa: E402
+import soft  # noqa: E402
+from host import Host  # noqa: E402
+
+SUITES = [("plain", soft.TESTS), ("snp", snp.TESTS)]
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="leave the L1s up")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args()
+    known = {f"{kind}:{test.__name__}" for kind, tests in SUITES for test in tests}
+    if options.list:
+        print("\n".join(sorted(known)))
+        return 0
+    unknown = set(options.names) - known
+    if unknown:
+        parser.error(f"no such test: {', '.join(sorted(unknown))}; --list names them all")
+    passed, failed = 0, []
+    for kind, tests in SUITES:
+        wanted = [t for t in tests if not options.names or f"{kind}:{t.__name__}" in options.names]
+        if not wanted:
+            continue
+        with Host(kind, keep=options.keep) as host:
+            for test in wanted:
+                name = f"{kind}:{test.__name__}"
+                began = time.monotonic()
+                try:
+                    note = test(host) or ""
+                except Exception as error:  # a test may fail in any way; the others go on
+                    failed.append(name)
+                    print(f"FAIL {name} ({time.monotonic() - began:.0f} s): {error}", flush=True)
+                    if not isinstance(error, AssertionError):
+                        traceback.print_exc()
+                else:
+                    passed += 1
+                    print(f"ok   {name} ({time.monotonic() - began:.0f} s) {note}", flush=True)
+    if failed:
+        print("failed:", ", ".join(failed))
+    print(f"{passed} passed, {len(failed)} failed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Guests without protection, on an ordinary L1: the machine, its devices, and cvmm as a subprocess."""
+
+import re
+
+TRAFFIC = ["smp", "disk", "net", "vsock", "vsock-listen", "rng"]
+NETWORK = "cvmm.ip=10.9.0.2/24 cvmm.peer=10.9.0.1:7000"
+
+
+def traffic(host, flavour, cpus, disk_mib, net_mib, vsock_mib, *more, timeout=420, run=()):
+    """One guest with all devices. Both sides of each transfer compare checksums; the disk is read again after
+    power-off, by L1's own ext4."""
+    sizes = f"cvmm.disk_mib={disk_mib} cvmm.net_mib={net_mib} cvmm.vsock_mib={vsock_mib}"
+    wanted = [*TRAFFIC, *run]
+    ended = host.guest(
+        "--cpus", str(cpus), "--disk", "/root/disk", "--rng", *more,
+        run=",".join(wanted), cmdline=f"{NETWORK} {sizes}", flavour=flavour, timeout=timeout,
+        net=True, VSOCK=vsock_mib,
+    )  # fmt: skip
+    results = ended.passed(*wanted)
+    online = "online 0" if cpus == 1 else f"online 0-{cpus - 1}"
+    assert results["smp"][1].startswith(online), results["smp"]
+    digest = re.search(r"sha256 (\w+)", results["disk"][1]).group(1)
+    _, found = host.shell("mkdir -p /mnt && mount -o ro,loop /root/disk /mnt && sha256sum /mnt/data; umount /mnt", 120)
+    assert digest in found, f"the guest wrote {digest}, the disk holds {found}"
+    times = [f"{name} {re.search(r'[(]([0-9.]+ s)[)]', note).group(1)}" for name, (_, note) in results.items()]
+    return ended, ", ".join(times)
+
+
+def cloud_kernel_1_vcpu(host):
+    """256 MiB to disk, 100 MiB each way over the network and over vsock in both directions of connecting."""
+    return traffic(host, "cloud", 1, 256, 100, 100)[1]
+
+
+def cloud_kernel_4_vcpus(host):
+    """The same with four processors."""
+    return traffic(host, "cloud", 4, 256, 100, 100)[1]
+
+
+def amd64_kernel_1_vcpu(host):
+    """Debian's other kernel."""
+    return traffic(host, "amd64", 1, 256, 100, 100)[1]
+
+
+def amd64_kernel_4_vcpus(host):
+    """Debian's other kernel with four processors."""
+    return traffic(host, "amd64", 4, 256, 100, 100)[1]
+
+
+def memory_above_4_gib(host):
+    """5 GiB, of which 2 lie above 4 GiB."""
+    ended = host.guest("--memory", "5G", run="memory,touch", cmdline="cvmm.touch_mib=64")
+    results = ended.passed("memory", "touch")
+    total_kib = int(re.search(r"MemTotal: (\d+)", results["memory"][1]).group(1))
+    assert 4_800_000 < total_kib < 5 << 20, results["memory"]
+    return f"{total_kib >> 10} MiB usable"
+
+
+def reboot_is_a_new_vm_from_the_same_plan(host):
+    """The guest reboots; cvmm starts it again, measured the same, and SIGTERM ends the second life."""
+    wait = "while [ $(grep -c CVMM-INIT /root/console) -lt 2 ]; do sleep 0.5; done; kill -TERM $PID; sleep 1; kill -TERM $PID"
+    ended = host.guest(run="smp", cmdline="cvmm.then=reboot", extra=wait)
+    names = ended.event_names()
+    assert "guest_reboot" in names and names.count("running") >= 2, names
+    digests = {event["digest"] for event in ended.events if event["event"] == "measured"}
+    assert len(digests) == 1, digests
+    assert ended.code in (0, 143), (ended.code, ended.tail())
+
+
+def sigterm_presses_the_power_button(host):
+    """A stock guest powers off in order."""
+    wait = "while ! grep -q CVMM-WAITING /root/console; do sleep 0.3; done; kill -TERM $PID"
+    ended = host.guest(run="wait", extra=wait)
+    assert ended.code == 0 and "CVMM-POWER-BUTTON" in ended.console, (ended.code, ended.tail())
+    assert ended.event_names()[-3:] == ["stopping", "guest_off", "stopped"], ended.event_names()
+
+
+def second_sigterm_ends_at_once(host):
+    """A guest that does not listen cannot hold cvmm up."""
+    wait = "sleep 3; kill -TERM $PID; sleep 0.5; kill -TERM $PID"
+    ended = host.guest("--cpus", "2", run="wait", extra=wait)
+    assert ended.code == 143, (ended.code, ended.tail())
+
+
+def kill_9_leaves_nothing_behind(host):
+    """After kill -9 no process, lock or tap stays, and the same command starts again over the stale socket."""
+    for life in range(2):
+        wait = "while ! grep -q CVMM-WAITING /root/console; do sleep 0.3; done; kill -KILL $PID"
+        script = wait if life == 0 else wait.replace("-KILL", "-TERM")
+        ended = host.guest(
+            "--disk", "/root/disk", "--net", "tap=tap0", "--vsock", "cid=9,uds=/tmp/stale", run="wait", extra=script,
+        )  # fmt: skip
+        assert ended.code == (137 if life == 0 else 0), (life, ended.code, ended.tail())
+    _, left = host.shell("pgrep -x cvmm | wc -l; ls /tmp/stale 2>/dev/null | wc -l; cat /sys/class/net/tap0/carrier", check=False)
+    assert left.split()[:2] == ["0", "0"], left
+
+
+def disk_full_is_an_error_in_the_guest(host):
+    """The host's disk fills up under the guest's writes: the guest sees an I/O error, cvmm and its other devices live."""
+    host.shell(
+        "mkdir -p /full && mount -t tmpfs -o size=40m none /full && cp /root/small.ext4 /full/disk 2>/dev/null || "
+        "{ truncate -s 1G /full/disk; dd if=/root/disk of=/full/disk bs=1M count=8 conv=notrunc; }"
+    )
+    try:
+        ended = host.guest("--disk", "/full/disk", run="disk,rng,smp", cmdline="cvmm.disk_mib=128", timeout=200)
+    finally:
+        host.shell("umount /full", check=False)
+    results = ended.results()
+    assert results.get("disk", ("",))[0] == "FAIL", results
+    assert results["smp"][0] == "PASS" and ended.code == 0, (ended.code, ended.tail())
+
+
+def kernel_changed_under_the_shim_is_refused(host):
+    """A host process writes to the kernel file while the guest boots: the shim hashes its own copy, so either the
+    measured kernel runs or none does."""
+    host.shell("cp /root/cloud-kernel /root/changing-kernel")
+    write = "for i in $(seq 400); do printf x | dd of=/root/changing-kernel bs=1 seek=9000000 conv=notrunc 2>/dev/null; done"
+    ended = host.guest("--kernel", "/root/changing-kernel", run="smp", extra=write)
+    refused = ended.code == 11 and "not the measured one" in ended.stderr
+    assert refused or ended.code == 0, (ended.code, ended.tail())
+    return "the shim refused" if refused else "the shim had its copy already"
+
+
+def doctor_finds_a_host_for_soft(host):
+    """This L1 runs stock guests; doctor says so, and says what is missing for SNP."""
+    code, text = host.shell("/root/cvmm doctor", check=False)
+    assert code == 0 and "snp" in text, text
+
+
+TESTS = [
+    cloud_kernel_1_vcpu,
+    amd64_kernel_4_vcpus,
+    cloud_kernel_4_vcpus,
+    amd64_kernel_1_vcpu,
+    memory_above_4_gib,
+    reboot_is_a_new_vm_from_the_same_plan,
+    sigterm_presses_the_power_button,
+    second_sigterm_ends_at_once,
+    kill_9_leaves_nothing_behind,
+    disk_full_is_an_error_in_the_guest,
+    kernel_changed_under_the_shim_is_refused,
+    doctor_finds_a_host_for_soft,
+]
