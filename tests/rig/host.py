@@ -118,4 +118,4 @@ class Host:
         assert "code" in parts, f"guest.sh ended with {code}:\n{text[-2000:]}"
         events = [json.loads(line) for line in parts["events"].splitlines()]
         console = parts["console"].replace("\r", "")
-        return Ended(int(parts["code"]), console, parts["stderr"], events, parts.get("extra", ""))
+        return Ended(int(parts["code"].split()[0]), console, parts["stderr"], events, parts.get("extra", ""))
