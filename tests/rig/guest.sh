@@ -22,9 +22,9 @@ if [ -n "$VSOCK" ]; then
         ./tool connect hybrid:/root/v:6000 "$VSOCK"
     ) >listen.log 2>&1 &
 fi
-# timeout's child is the program itself.
+# busybox's timeout becomes the program itself, so that PID is cvmm.
 if [ -n "$EXTRA" ]; then
-    (sleep 0.2; PID=$(pgrep -P $PID); eval "$EXTRA") >extra 2>&1 &
+    (eval "$EXTRA") >extra 2>&1 &
     BESIDE=$!
 fi
 wait $PID
