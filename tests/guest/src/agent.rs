@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::Signal;
 
 use crate::frame;
 use crate::process::{Request, Running};
 
-/// Waiting time before looking again whether a host has connected: a port does not block for that.
-const IDLE: Duration = Duration::from_millis(40);
+/// Longest time without looking whether a host has connected, in milliseconds.
+const IDLE: u16 = 2000;
+const RETRY: Duration = Duration::from_secs(1);
 /// Bytes held for a slow reader before the other side is left to wait.
 const BACKLOG: usize = 256 << 10;
 const CHUNK: usize = 32 << 10;
@@ -29,7 +31,10 @@ pub(crate) fn run() -> io::Result<()> {
     if ports.is_empty() {
         return Err(io::Error::other("no virtio-serial port named rig.N"));
     }
-    let threads: Vec<_> = ports.into_iter().map(|port| thread::spawn(move || serve(&port))).collect();
+    let threads: Vec<_> = ports
+        .into_iter()
+        .map(|port| thread::spawn(move || serve(&port)))
+        .collect();
     for thread in threads {
         let _ = thread.join();
     }
@@ -50,22 +55,42 @@ fn ports() -> io::Result<Vec<PathBuf>> {
 
 fn serve(port: &Path) {
     loop {
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(port);
-        let outcome = opened.and_then(|file| Session { port: file, from_host: Vec::new(), to_host: Vec::new() }.run());
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(port);
+        let outcome = opened.and_then(|file| Session::new(file)?.run());
         if let Err(error) = outcome {
             println!("rig agent: {}: {error}", port.display());
         }
-        thread::sleep(IDLE);
+        thread::sleep(RETRY);
     }
 }
 
 struct Session {
     port: File,
+    /// Edge-triggered: a port without a host is always ready, which poll would report at once and for ever.
+    changes: Epoll,
     from_host: Vec<u8>,
     to_host: Vec<u8>,
 }
 
 impl Session {
+    fn new(port: File) -> io::Result<Session> {
+        let changes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        changes.add(
+            &port,
+            EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0),
+        )?;
+        Ok(Session {
+            port,
+            changes,
+            from_host: Vec::new(),
+            to_host: Vec::new(),
+        })
+    }
+
     /// Serves one host after the other.
     fn run(&mut self) -> io::Result<()> {
         loop {
@@ -80,10 +105,17 @@ impl Session {
         let Some(request) = self.await_request()? else {
             return Ok(());
         };
-        match Request::parse(&request).ok_or_else(|| io::Error::other("malformed request")).and_then(Running::start) {
+        match Request::parse(&request)
+            .ok_or_else(|| io::Error::other("malformed request"))
+            .and_then(Running::start)
+        {
             Ok(running) => self.attend(running)?,
             Err(error) => {
-                frame::push(&mut self.to_host, b'W', format!("rig agent: cannot run this: {error}\n").as_bytes());
+                frame::push(
+                    &mut self.to_host,
+                    b'W',
+                    format!("rig agent: cannot run this: {error}\n").as_bytes(),
+                );
                 frame::push(&mut self.to_host, b'X', &127_i32.to_le_bytes());
             }
         }
@@ -97,7 +129,9 @@ impl Session {
             }
             if !self.fill()? {
                 self.from_host.clear();
-                thread::sleep(IDLE);
+                let _ = self
+                    .changes
+                    .wait(&mut [EpollEvent::empty()], EpollTimeout::from(IDLE));
             }
         }
     }
@@ -160,16 +194,38 @@ impl Session {
         let mut port_events = PollFlags::empty();
         port_events.set(PollFlags::POLLIN, to_child.len() < BACKLOG);
         port_events.set(PollFlags::POLLOUT, !self.to_host.is_empty());
-        let mut fds = vec![PollFd::new(self.port.as_fd(), port_events), PollFd::new(running.ended.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![
+            PollFd::new(self.port.as_fd(), port_events),
+            PollFd::new(running.ended.as_fd(), PollFlags::POLLIN),
+        ];
         if self.to_host.len() < BACKLOG {
-            fds.extend(running.output.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
-            fds.extend(running.errors.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
+            fds.extend(
+                running
+                    .output
+                    .as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+            );
+            fds.extend(
+                running
+                    .errors
+                    .as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+            );
         }
         if !to_child.is_empty() {
-            fds.extend(running.input.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)));
+            fds.extend(
+                running
+                    .input
+                    .as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
+            );
         }
         wait(&mut fds, running.patience())?;
-        let seen = |index: usize| fds.get(index).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+        let seen = |index: usize| {
+            fds.get(index)
+                .and_then(PollFd::revents)
+                .unwrap_or(PollFlags::empty())
+        };
         Ok(Ready {
             gone: seen(0).contains(PollFlags::POLLHUP),
             port_in: seen(0).contains(PollFlags::POLLIN),
@@ -178,7 +234,12 @@ impl Session {
     }
 
     /// Handles what the host has sent; false when it has gone.
-    fn take_frames(&mut self, running: &Running, to_child: &mut Vec<u8>, input_open: &mut bool) -> io::Result<bool> {
+    fn take_frames(
+        &mut self,
+        running: &Running,
+        to_child: &mut Vec<u8>,
+        input_open: &mut bool,
+    ) -> io::Result<bool> {
         match read_some(&mut self.port)? {
             Some(bytes) if bytes.is_empty() => return Ok(false),
             Some(bytes) => self.from_host.extend(bytes),
@@ -234,8 +295,13 @@ impl Session {
                 return Ok(());
             }
             if seen.contains(PollFlags::POLLIN) {
-                self.from_host.extend(read_some(&mut self.port)?.unwrap_or_default());
-                if self.from_host.windows(frame::MAGIC.len()).any(|window| window == frame::MAGIC) {
+                self.from_host
+                    .extend(read_some(&mut self.port)?.unwrap_or_default());
+                if self
+                    .from_host
+                    .windows(frame::MAGIC.len())
+                    .any(|window| window == frame::MAGIC)
+                {
                     return Ok(());
                 }
             }
@@ -286,13 +352,23 @@ fn read_some(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
             bytes.truncate(count);
             Ok(Some(bytes))
         }
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }
 
 fn wait(fds: &mut [PollFd], milliseconds: i32) -> io::Result<()> {
-    match poll(fds, PollTimeout::try_from(milliseconds).unwrap_or(PollTimeout::NONE)) {
+    match poll(
+        fds,
+        PollTimeout::try_from(milliseconds).unwrap_or(PollTimeout::NONE),
+    ) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
         Err(error) => Err(error.into()),
     }

@@ -10,10 +10,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use sha2::{Digest, Sha256};
 
 use crate::cmdline::CommandLine;
+use crate::endpoint;
 use crate::init::{Then, end};
 use crate::report;
 use crate::transfer::{self, Pattern, hex};
-use crate::endpoint;
 
 const DISK: &str = "/dev/vda";
 const MOUNTED_AT: &str = "/mnt";
@@ -35,7 +35,8 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
         let began = Instant::now();
         let outcome = match name {
             "TOUR" => tour(wanted),
-            "smp" => fs::read_to_string("/sys/devices/system/cpu/online").map(|list| format!("online {}", list.trim())),
+            "smp" => fs::read_to_string("/sys/devices/system/cpu/online")
+                .map(|list| format!("online {}", list.trim())),
             "memory" => memory(),
             "touch" => touch(wanted),
             "disk" => disk(wanted),
@@ -50,7 +51,10 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
         };
         let seconds = began.elapsed().as_secs_f64();
         match outcome {
-            Ok(details) => tell(wanted, &format!("CVMM-TEST {name} PASS {details} ({seconds:.1} s)")),
+            Ok(details) => tell(
+                wanted,
+                &format!("CVMM-TEST {name} PASS {details} ({seconds:.1} s)"),
+            ),
             Err(error) => tell(wanted, &format!("CVMM-TEST {name} FAIL {error} ({seconds:.1} s)")),
         }
     }
@@ -79,7 +83,10 @@ pub(crate) fn watch_power_button() {
     let Ok(inputs) = fs::read_dir("/dev/input") else {
         return;
     };
-    for input in inputs.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("event")) {
+    for input in inputs
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("event"))
+    {
         std::thread::spawn(move || {
             let Ok(mut events) = File::open(input.path()) else {
                 return;
@@ -88,7 +95,10 @@ pub(crate) fn watch_power_button() {
             while events.read_exact(&mut event).is_ok() {
                 let [.., t0, t1, c0, c1, v0, v1, v2, v3] = event;
                 let pressed = i32::from_le_bytes([v0, v1, v2, v3]) == 1;
-                if u16::from_le_bytes([t0, t1]) == KEY_EVENT && u16::from_le_bytes([c0, c1]) == KEY_POWER && pressed {
+                if u16::from_le_bytes([t0, t1]) == KEY_EVENT
+                    && u16::from_le_bytes([c0, c1]) == KEY_POWER
+                    && pressed
+                {
                     println!("CVMM-POWER-BUTTON");
                     end(Then::PowerOff);
                 }
@@ -110,9 +120,16 @@ fn tour(wanted: &CommandLine) -> io::Result<String> {
     };
     show("kernel", &["uname", "-a"])?;
     println!("--- disks");
-    for entry in fs::read_dir("/sys/block")?.flatten().filter(|entry| !entry.file_name().to_string_lossy().starts_with("loop")) {
+    for entry in fs::read_dir("/sys/block")?
+        .flatten()
+        .filter(|entry| !entry.file_name().to_string_lossy().starts_with("loop"))
+    {
         let sectors = fs::read_to_string(entry.path().join("size")).unwrap_or_default();
-        println!("{:<8} {} MiB", entry.file_name().to_string_lossy(), sectors.trim().parse::<u64>().unwrap_or(0) / 2048);
+        println!(
+            "{:<8} {} MiB",
+            entry.file_name().to_string_lossy(),
+            sectors.trim().parse::<u64>().unwrap_or(0) / 2048
+        );
     }
     if Path::new(DISK).exists() {
         println!("--- a file on the disk");
@@ -125,16 +142,31 @@ fn tour(wanted: &CommandLine) -> io::Result<String> {
     }
     if Path::new("/sys/class/net/eth0").exists() && wanted.get("ip").is_some() {
         network_up(wanted)?;
-        let peer = wanted.get("peer").and_then(|peer| peer.split(':').next()).unwrap_or_default();
+        let peer = wanted
+            .get("peer")
+            .and_then(|peer| peer.split(':').next())
+            .unwrap_or_default();
         show("network", &["ping", "-c", "3", peer])?;
     }
-    println!("--- vsock: /dev/vsock is {}there", if Path::new("/dev/vsock").exists() { "" } else { "not " });
+    println!(
+        "--- vsock: /dev/vsock is {}there",
+        if Path::new("/dev/vsock").exists() {
+            ""
+        } else {
+            "not "
+        }
+    );
     Ok("done".into())
 }
 
 fn memory() -> io::Result<String> {
     let info = fs::read_to_string("/proc/meminfo")?;
-    Ok(info.lines().take(2).map(|line| line.split_ascii_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>().join(", "))
+    Ok(info
+        .lines()
+        .take(2)
+        .map(|line| line.split_ascii_whitespace().collect::<Vec<_>>().join(" "))
+        .collect::<Vec<_>>()
+        .join(", "))
 }
 
 /// Writes to `cvmm.touch_mib` MiB of memory.
@@ -178,7 +210,13 @@ fn disk(wanted: &CommandLine) -> io::Result<String> {
 
 fn mount_disk() -> io::Result<()> {
     fs::create_dir_all(MOUNTED_AT)?;
-    match mount(Some(DISK), MOUNTED_AT, Some("ext4"), MsFlags::empty(), None::<&str>) {
+    match mount(
+        Some(DISK),
+        MOUNTED_AT,
+        Some("ext4"),
+        MsFlags::empty(),
+        None::<&str>,
+    ) {
         Ok(()) | Err(nix::errno::Errno::EBUSY) => Ok(()),
         Err(error) => Err(io::Error::other(format!("{DISK}: {}", error.desc()))),
     }
@@ -186,15 +224,21 @@ fn mount_disk() -> io::Result<()> {
 
 /// Gives eth0 the address `cvmm.ip=ADDRESS/BITS`.
 fn network_up(wanted: &CommandLine) -> io::Result<()> {
-    let address = wanted.get("ip").ok_or_else(|| io::Error::other("no cvmm.ip= on the command line"))?;
-    let _ = Command::new("/bin/busybox").args(["ip", "addr", "add", address, "dev", "eth0"]).status();
+    let address = wanted
+        .get("ip")
+        .ok_or_else(|| io::Error::other("no cvmm.ip= on the command line"))?;
+    let _ = Command::new("/bin/busybox")
+        .args(["ip", "addr", "add", address, "dev", "eth0"])
+        .status();
     busybox(&["ip", "link", "set", "eth0", "up"])
 }
 
 /// Transfers `cvmm.net_mib` MiB each way with the peer that serves at `cvmm.peer=ADDRESS:PORT`.
 fn net(wanted: &CommandLine) -> io::Result<String> {
     network_up(wanted)?;
-    let peer = wanted.get("peer").ok_or_else(|| io::Error::other("no cvmm.peer= on the command line"))?;
+    let peer = wanted
+        .get("peer")
+        .ok_or_else(|| io::Error::other("no cvmm.peer= on the command line"))?;
     let mebibytes = wanted.or("net_mib", 100);
     transfer::start(patiently(&format!("tcp:{peer}"))?, mebibytes, mebibytes)
 }
@@ -239,8 +283,15 @@ fn attest(wanted: &CommandLine) -> io::Result<String> {
         None => report::fetch(&report::parse_hex(wanted.get("nonce").unwrap_or("00"))?)?,
     };
     tell(wanted, &format!("CVMM-REPORT {}", report::base64(&bytes)));
-    let measurement = bytes.get(0x90..0xc0).filter(|_| provider == "sev_guest").map(hex).unwrap_or_default();
-    Ok(format!("{provider} {} bytes measurement {measurement}", bytes.len()))
+    let measurement = bytes
+        .get(0x90..0xc0)
+        .filter(|_| provider == "sev_guest")
+        .map(hex)
+        .unwrap_or_default();
+    Ok(format!(
+        "{provider} {} bytes measurement {measurement}",
+        bytes.len()
+    ))
 }
 
 /// Stays until the power button.
@@ -254,11 +305,17 @@ fn wait_for_the_end() -> io::Result<String> {
 /// A shell on the console.
 fn shell() -> String {
     println!("a shell in the guest; `exit` powers off");
-    let status = Command::new("/bin/busybox").args(["setsid", "-c", "/bin/busybox", "sh"]).status();
+    let status = Command::new("/bin/busybox")
+        .args(["setsid", "-c", "/bin/busybox", "sh"])
+        .status();
     format!("{status:?}")
 }
 
 fn busybox(words: &[&str]) -> io::Result<()> {
     let status = Command::new("/bin/busybox").args(words).status()?;
-    if status.success() { Ok(()) } else { Err(io::Error::other(format!("`{}`: {status}", words.join(" ")))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("`{}`: {status}", words.join(" "))))
+    }
 }

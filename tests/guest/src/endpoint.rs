@@ -18,7 +18,11 @@ pub(crate) fn connect(name: &str) -> io::Result<Stream> {
         ("unix", path) => Ok(owned(UnixStream::connect(path)?)),
         ("vsock", address) => {
             let (cid, port) = vsock_address(address)?;
-            Ok(File::from(VsockStream::connect_with_cid_port(cid, port)?.as_fd().try_clone_to_owned()?))
+            Ok(File::from(
+                VsockStream::connect_with_cid_port(cid, port)?
+                    .as_fd()
+                    .try_clone_to_owned()?,
+            ))
         }
         ("hybrid", address) => {
             let (path, port) = address.rsplit_once(':').ok_or_else(|| bad(name))?;
@@ -55,12 +59,17 @@ fn hybrid(path: &str, port: &str) -> io::Result<Stream> {
     let mut byte = [0_u8];
     while answer.last() != Some(&b'\n') {
         if answer.len() > 32 || stream.read(&mut byte)? == 0 {
-            return Err(io::Error::other(format!("the guest does not listen on vsock port {port}")));
+            return Err(io::Error::other(format!(
+                "the guest does not listen on vsock port {port}"
+            )));
         }
         answer.extend_from_slice(&byte);
     }
     if !answer.starts_with(b"OK ") {
-        return Err(io::Error::other(format!("answer to CONNECT: {}", String::from_utf8_lossy(&answer).trim())));
+        return Err(io::Error::other(format!(
+            "answer to CONNECT: {}",
+            String::from_utf8_lossy(&answer).trim()
+        )));
     }
     Ok(owned(stream))
 }

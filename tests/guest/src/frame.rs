@@ -37,7 +37,9 @@ pub(crate) fn pop(bytes: &mut Vec<u8>) -> std::io::Result<Option<(u8, Vec<u8>)>>
 /// Takes everything up to the end of a session's start off `bytes` and gives the nonce.
 pub(crate) fn pop_start(bytes: &mut Vec<u8>) -> Option<Vec<u8>> {
     let at = bytes.windows(MAGIC.len()).position(|window| window == MAGIC)?;
-    let nonce = bytes.get(at + MAGIC.len()..at + MAGIC.len() + NONCE_BYTES)?.to_vec();
+    let nonce = bytes
+        .get(at + MAGIC.len()..at + MAGIC.len() + NONCE_BYTES)?
+        .to_vec();
     bytes.drain(..at + MAGIC.len() + NONCE_BYTES);
     Some(nonce)
 }

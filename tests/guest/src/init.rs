@@ -66,7 +66,10 @@ fn load_modules() {
         let loaded = fs::File::open(Path::new("/modules").join(name))
             .map(|file| finit_module(&file, &parameters, ModuleInitFlags::empty()));
         match loaded {
-            Ok(Ok(()) | Err(nix::errno::Errno::EEXIST | nix::errno::Errno::ENODEV | nix::errno::Errno::EOPNOTSUPP)) => {}
+            Ok(
+                Ok(())
+                | Err(nix::errno::Errno::EEXIST | nix::errno::Errno::ENODEV | nix::errno::Errno::EOPNOTSUPP),
+            ) => {}
             Ok(Err(error)) => println!("init: module {name}: {error}"),
             Err(error) => println!("init: module {name}: {error}"),
         }
@@ -75,10 +78,18 @@ fn load_modules() {
 
 /// The L1 host: runs the agent, mounts the optional QEMU disk, collects orphans.
 fn host(wanted: &CommandLine) -> ! {
-    let _ = Command::new("/bin/busybox").args(["ip", "link", "set", "lo", "up"]).status();
+    let _ = Command::new("/bin/busybox")
+        .args(["ip", "link", "set", "lo", "up"])
+        .status();
     if let Some(disk) = wanted.get("qemu") {
         let _ = fs::create_dir_all("/opt/qemu");
-        if let Err(error) = mount(Some(disk), "/opt/qemu", Some("ext4"), MsFlags::MS_RDONLY, None::<&str>) {
+        if let Err(error) = mount(
+            Some(disk),
+            "/opt/qemu",
+            Some("ext4"),
+            MsFlags::MS_RDONLY,
+            None::<&str>,
+        ) {
             println!("init: {disk} on /opt/qemu: {error}");
         }
     }
@@ -95,10 +106,21 @@ fn host(wanted: &CommandLine) -> ! {
 
 /// Writes everything out and ends the machine.
 pub(crate) fn end(then: Then) -> ! {
-    println!("CVMM-END {}", if matches!(then, Then::Reboot) { "reboot" } else { "poweroff" });
+    println!(
+        "CVMM-END {}",
+        if matches!(then, Then::Reboot) {
+            "reboot"
+        } else {
+            "poweroff"
+        }
+    );
     checks::release_disks();
     nix::unistd::sync();
-    let mode = if matches!(then, Then::Reboot) { RebootMode::RB_AUTOBOOT } else { RebootMode::RB_POWER_OFF };
+    let mode = if matches!(then, Then::Reboot) {
+        RebootMode::RB_AUTOBOOT
+    } else {
+        RebootMode::RB_POWER_OFF
+    };
     let outcome = reboot(mode);
     println!("init: reboot returned {outcome:?}");
     loop {

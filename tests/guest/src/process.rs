@@ -58,17 +58,38 @@ pub(crate) struct Running {
 impl Running {
     /// Starts the command. Its pipes do not block on this side.
     pub(crate) fn start(mut request: Request) -> io::Result<Running> {
-        request.command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        request
+            .command
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = request.command.spawn()?;
         let (input, output, errors) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let pipes = [input.as_ref().map(AsFd::as_fd), output.as_ref().map(AsFd::as_fd), errors.as_ref().map(AsFd::as_fd)];
+        let pipes = [
+            input.as_ref().map(AsFd::as_fd),
+            output.as_ref().map(AsFd::as_fd),
+            errors.as_ref().map(AsFd::as_fd),
+        ];
         for pipe in pipes.into_iter().flatten() {
             fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         let group = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         let (status, ended) = watch(child)?;
-        let next_kill = request.limit.and_then(|limit| Instant::now().checked_add(limit)).map(|at| (at, Signal::SIGTERM));
-        Ok(Running { input, output, errors, ended, status, group, next_kill, timed_out: false })
+        let next_kill = request
+            .limit
+            .and_then(|limit| Instant::now().checked_add(limit))
+            .map(|at| (at, Signal::SIGTERM));
+        Ok(Running {
+            input,
+            output,
+            errors,
+            ended,
+            status,
+            group,
+            next_kill,
+            timed_out: false,
+        })
     }
 
     /// Sends a signal to the whole group; one that has ended already is no error.
@@ -79,7 +100,9 @@ impl Running {
     /// Milliseconds until [`Running::enforce`] must be called; -1: never.
     pub(crate) fn patience(&self) -> i32 {
         self.next_kill.map_or(-1, |(at, _)| {
-            i32::try_from(at.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(i32::MAX).saturating_add(1)
+            i32::try_from(at.saturating_duration_since(Instant::now()).as_millis())
+                .unwrap_or(i32::MAX)
+                .saturating_add(1)
         })
     }
 
@@ -98,7 +121,10 @@ impl Running {
             return TIMED_OUT;
         }
         match self.status.recv() {
-            Ok(Ok(status)) => status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(NOT_FOUND),
+            Ok(Ok(status)) => status
+                .code()
+                .or(status.signal().map(|signal| 128 + signal))
+                .unwrap_or(NOT_FOUND),
             _ => NOT_FOUND,
         }
     }

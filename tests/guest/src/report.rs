@@ -30,7 +30,11 @@ pub(crate) fn hand_out(endpoint: &str) -> io::Result<(String, Vec<u8>)> {
     let mut nonce = [0_u8; NONCE_BYTES];
     stream.read_exact(&mut nonce)?;
     let (provider, report) = fetch(&nonce)?;
-    stream.write_all(&u32::try_from(report.len()).map_err(io::Error::other)?.to_le_bytes())?;
+    stream.write_all(
+        &u32::try_from(report.len())
+            .map_err(io::Error::other)?
+            .to_le_bytes(),
+    )?;
     stream.write_all(&report)?;
     Ok((provider, report))
 }
@@ -56,7 +60,8 @@ pub(crate) fn collect(path: &str, nonce: &str, file: &str) -> io::Result<()> {
 pub(crate) fn parse_hex(text: &str) -> io::Result<Vec<u8>> {
     let bytes = text.as_bytes().chunks(2).map(|pair| {
         let digits = std::str::from_utf8(pair).map_err(io::Error::other)?;
-        u8::from_str_radix(digits, 16).map_err(|_| io::Error::other(format!("`{text}` is no hexadecimal number")))
+        u8::from_str_radix(digits, 16)
+            .map_err(|_| io::Error::other(format!("`{text}` is no hexadecimal number")))
     });
     bytes.collect()
 }
@@ -74,7 +79,11 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
         for digit in 0..4_usize {
             let index = (word >> (18 - 6 * digit)) & 63;
             let found = usize::try_from(index).ok().and_then(|index| DIGITS.get(index));
-            out.push(if digit > chunk.len() { '=' } else { char::from(*found.unwrap_or(&b'=')) });
+            out.push(if digit > chunk.len() {
+                '='
+            } else {
+                char::from(*found.unwrap_or(&b'='))
+            });
         }
     }
     out
@@ -86,7 +95,13 @@ mod tests {
 
     #[test]
     fn base64_matches_the_examples_of_rfc_4648() {
-        for (plain, coded) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
+        for (plain, coded) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foobar", "Zm9vYmFy"),
+        ] {
             assert_eq!(base64(plain.as_bytes()), coded);
         }
     }

@@ -27,7 +27,10 @@ impl Pattern {
             state ^= state << 17;
             state.to_le_bytes()
         });
-        Pattern { block: words.collect(), number: 0 }
+        Pattern {
+            block: words.collect(),
+            number: 0,
+        }
     }
 
     /// The next block.
@@ -73,7 +76,11 @@ fn send(stream: &mut Stream, bytes: u64) -> io::Result<String> {
     stream.read_exact(&mut theirs)?;
     let ours = hash.finalize();
     if *ours != theirs {
-        return Err(io::Error::other(format!("sent bytes arrived changed: {} there, {} here", hex(&theirs), hex(&ours))));
+        return Err(io::Error::other(format!(
+            "sent bytes arrived changed: {} there, {} here",
+            hex(&theirs),
+            hex(&ours)
+        )));
     }
     Ok(hex(&ours))
 }
@@ -93,13 +100,19 @@ fn receive(stream: &mut Stream, bytes: u64) -> io::Result<String> {
     let ours = hash.finalize();
     stream.write_all(&ours)?;
     match wrong {
-        Some(number) => Err(io::Error::other(format!("received bytes differ from block {number} on"))),
+        Some(number) => Err(io::Error::other(format!(
+            "received bytes differ from block {number} on"
+        ))),
         None => Ok(hex(&ours)),
     }
 }
 
 fn summary(out: u64, sent: &str, back: u64, received: &str) -> String {
-    format!("sent {} MiB sha256 {sent}, received {} MiB sha256 {received}", out / MIB, back / MIB)
+    format!(
+        "sent {} MiB sha256 {sent}, received {} MiB sha256 {received}",
+        out / MIB,
+        back / MIB
+    )
 }
 
 /// Lower-case hexadecimal digits.
@@ -125,14 +138,18 @@ mod tests {
         let other = thread::spawn(move || answer(theirs));
         let here = start(ours, 2, 1).expect("transfer");
         let there = other.join().expect("thread").expect("answer");
-        assert!(here.starts_with("sent 2 MiB sha256 ") && there.starts_with("sent 1 MiB sha256 "), "{here} {there}");
+        assert!(
+            here.starts_with("sent 2 MiB sha256 ") && there.starts_with("sent 1 MiB sha256 "),
+            "{here} {there}"
+        );
     }
 
     #[test]
     fn changed_bytes_are_noticed_by_both_ends() {
         let (mut ours, theirs) = pair();
         let other = thread::spawn(move || answer(theirs));
-        ours.write_all(&[(BLOCK as u64).to_le_bytes(), 0_u64.to_le_bytes()].concat()).expect("sizes");
+        ours.write_all(&[(BLOCK as u64).to_le_bytes(), 0_u64.to_le_bytes()].concat())
+            .expect("sizes");
         let mut block = Pattern::new().next().to_vec();
         block[100] ^= 1;
         ours.write_all(&block).expect("block");
