@@ -13,7 +13,9 @@ use crate::config::{Config, ConfigError, PlatformName};
 use crate::doctor;
 use crate::ending::{Ending, ExitClass, RunError, exit_code_table};
 use crate::events::{Event, Events, EventsError};
+use crate::id_block;
 use crate::measure::{self, Unpredictable};
+use crate::report;
 use crate::signals::Signals;
 use crate::sink::{self, Level};
 use crate::spec::host::HostFacts;
@@ -54,6 +56,23 @@ The digest depends on kernel, initrd, command line, processors, platform, --debu
 else. Policy, HOST_DATA and the ID block stand in the report by themselves.
 ";
 
+const ID_BLOCK_EXAMPLES: &str = "\
+Examples:
+  Approve the guest of a configuration, and launch it:
+    openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out id-key.pem
+    cvmm id-block --config guest.json --id-key id-key.pem --id-block id-block.bin --id-auth id-auth.bin
+    cvmm run --config guest.json --id-block id-block.bin --id-auth id-auth.bin
+";
+
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  A report and the host's certificates, as a guest finds them below /sys/kernel/config/tsm/report/NAME:
+    cvmm report outblob --certs auxblob --measurement $(cvmm measure --config guest.json) --nonce 5f3c...
+
+  A guest that was launched on the emulated host of scripts/rig, which has a root of its own:
+    cvmm report outblob --certs auxblob --root ark.pem
+";
+
 /// Launches confidential virtual machines (AMD SEV-SNP, Intel TDX) on Linux and KVM.
 ///
 /// cvmm boots the unmodified kernel of a distribution in a guest whose memory this host cannot read, measured by a
@@ -87,6 +106,18 @@ enum Command {
     /// Takes the flags or the file of `cvmm run`, reads kernel and initrd once, and needs neither KVM nor SNP.
     #[command(after_long_help = MEASURE_EXAMPLES)]
     Measure(Box<measure::Args>),
+    /// Approve one launch: make the ID block and its signatures, which `cvmm run` gives to firmware
+    ///
+    /// Takes the flags or the file of `cvmm run`; --id-block and --id-auth name the files that are written. Firmware
+    /// then refuses every other launch digest and policy, and reports state the digests of the keys.
+    #[command(after_long_help = ID_BLOCK_EXAMPLES)]
+    IdBlock(Box<id_block::Args>),
+    /// Read and verify an attestation report
+    ///
+    /// Prints a line for each check, and what the report states. The exit code is 0 only if every check passes, and 40
+    /// if one fails.
+    #[command(after_long_help = REPORT_EXAMPLES)]
+    Report(Box<report::Args>),
     /// Say what this host can do, what is missing, and how to mend it
     Doctor(doctor::Args),
 }
@@ -129,6 +160,10 @@ enum Failure {
     Run(#[from] RunError),
     #[error(transparent)]
     Measure(#[from] Unpredictable),
+    #[error(transparent)]
+    IdBlock(#[from] id_block::Unsigned),
+    #[error(transparent)]
+    Report(#[from] report::Unreadable),
 }
 
 impl Failure {
@@ -138,6 +173,8 @@ impl Failure {
             Self::Spec(e) => e.class(),
             Self::Run(e) => e.class(),
             Self::Measure(e) => e.class(),
+            Self::IdBlock(e) => e.class(),
+            Self::Report(e) => e.class(),
         }
     }
 }
@@ -150,6 +187,8 @@ pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, 
     match cli.command {
         Command::Run(args) => run(*args, launch),
         Command::Measure(args) => close(measure::run(&args)),
+        Command::IdBlock(args) => close(id_block::run(&args)),
+        Command::Report(args) => close(report::run(&args)),
         Command::Doctor(args) => doctor::run(&args),
     }
 }

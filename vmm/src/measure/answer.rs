@@ -1,6 +1,6 @@
 //! What is known of a launch, as text and JSON.
 
-use std::fmt::{self, Display, Write as _};
+use std::fmt::Write as _;
 use std::path::Path;
 
 use serde::Serialize;
@@ -11,15 +11,7 @@ use snp::measure::{self, MeasureError, PageType};
 use super::launch::{Launch, Source};
 use super::ovmf;
 use crate::config::{Blob32, PlatformName};
-
-/// Bytes as lower-case hexadecimal digits.
-pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
-
-impl Display for Hex<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
+use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
 const SCHEMA: u32 = 1;

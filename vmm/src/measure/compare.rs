@@ -6,9 +6,9 @@ use std::path::Path;
 use shim::config::Blob;
 use snp::explain;
 
-use super::answer::Hex;
 use super::launch::{Launch, Source};
 use super::{Subject, Unpredictable};
+use crate::hex::Hex;
 
 /// The comparison in words, and whether the digests are the same. `flags` are laid over both files.
 pub(super) fn compare(flags: &Subject, left: &Path, right: &Path) -> Result<(String, bool), Unpredictable> {

@@ -5,7 +5,7 @@ use snp::measure::{self, MeasureError, Measurement};
 use snp::policy::Policy;
 use snp::vmsa::SevFeatures;
 
-use super::{SnpOptionError, Subject, Unpredictable, cli, ovmf, size};
+use super::{Subject, Unpredictable, cli, ovmf, size};
 use crate::config::{Config, PlatformName, Size};
 use crate::plan::{self, Mode, Payload};
 use crate::spec::payload;
@@ -54,7 +54,7 @@ impl Launch {
         } else {
             config.platform = Some(PlatformName::Snp);
         }
-        let policy = options::policy(&config.snp).map_err(SnpOptionError::from)?;
+        let policy = options::policy(&config.snp)?;
         let wished = options::features(&config.snp);
         if let Some(firmware) = subject.ovmf.firmware() {
             // The default command line is `cvmm run`'s, not QEMU's.

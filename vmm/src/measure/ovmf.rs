@@ -10,8 +10,8 @@ use snp::ovmf::{Firmware, Flavour, Guest, KernelHashes};
 use snp::vmsa::{CpuSignature, SevFeatures};
 
 use super::Unpredictable;
-use super::answer::Hex;
 use crate::config::{Boot, Policy as Number};
+use crate::hex::Hex;
 use crate::plan;
 use crate::spec::file::{FileError, InputFile};
 

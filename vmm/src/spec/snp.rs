@@ -38,7 +38,7 @@ pub enum SnpOptionError {
     },
     /// The policy is none.
     #[error("policy: {0}")]
-    Policy(#[from] PolicyError),
+    Policy(PolicyError),
     /// The host does not offer it.
     #[error(transparent)]
     NotOffered(#[from] NotOffered),
@@ -89,9 +89,9 @@ pub(crate) fn check_absent(options: &Snp) -> Result<(), SnpOptionError> {
 }
 
 /// The guest policy.
-pub(crate) fn policy(options: &Snp) -> Result<Policy, PolicyError> {
+pub(crate) fn policy(options: &Snp) -> Result<Policy, SnpOptionError> {
     match options.policy {
-        Some(policy) => Policy::from_bits(policy.0),
+        Some(policy) => Policy::from_bits(policy.0).map_err(SnpOptionError::Policy),
         None => Ok(Policy::default()),
     }
 }
