@@ -1,6 +1,7 @@
 """The command line of scripts/rig."""
 
 import argparse
+import os
 import signal
 import sys
 import termios
@@ -75,6 +76,9 @@ def main(arguments):
         return archive.with_fresh_lists(lambda: globals()[f"_{verb}"](options, words)) or 0
     except RigError as error:
         print(f"rig: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("rig: interrupted", file=sys.stderr)
     return RIG_FAILED
@@ -145,8 +149,7 @@ def _console(options, _):
 
 
 def _list(*_):
-    for name in lifetime.names():
-        print(name)
+    print("".join(f"{name}\n" for name in lifetime.names()), end="", flush=True)
 
 
 def _certs(*_):
