@@ -70,7 +70,7 @@ Examples:
     cvmm report outblob --certs auxblob --measurement $(cvmm measure --config guest.json) --nonce 5f3c...
 
   A guest that was launched on the emulated host of scripts/rig, which has a root of its own:
-    cvmm report outblob --certs auxblob --root ark.pem
+    cvmm report outblob --certs auxblob --root $(scripts/rig certs)/ark.pem
 ";
 
 /// Launches confidential virtual machines (AMD SEV-SNP, Intel TDX) on Linux and KVM.

@@ -97,6 +97,12 @@ pub enum Unpredictable {
     /// TDX measures otherwise.
     #[error("platform tdx: its digest cannot be predicted yet; give --platform snp or soft")]
     Tdx,
+    /// QEMU measures nothing without SNP.
+    #[error("platform soft: a firmware image is measured by SNP alone; give --platform snp")]
+    SoftFirmware,
+    /// The shim is no firmware.
+    #[error("firmware: cvmm's shim needs none; leave out --firmware, or give --payload ovmf")]
+    TwoPayloads,
     /// The parameters do not fit the page.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -139,6 +145,8 @@ impl Unpredictable {
             | Self::Payload(_)
             | Self::Snp(_)
             | Self::Tdx
+            | Self::SoftFirmware
+            | Self::TwoPayloads
             | Self::Plan(_)
             | Self::File(_)
             | Self::Firmware { .. }

@@ -43,7 +43,7 @@ impl Inputs {
             kernel[at..at + bytes.len()].copy_from_slice(bytes);
         }
         fs::write(dir.join("kernel"), kernel).unwrap();
-        let initrd: Vec<u8> = (0..5000u32).map(|i| (i * i >> 3) as u8).collect();
+        let initrd: Vec<u8> = (0..5000u32).map(|i| ((i * i) >> 3) as u8).collect();
         fs::write(dir.join("initrd"), initrd).unwrap();
         Self(dir)
     }
@@ -379,6 +379,18 @@ fn mistakes_are_named_with_a_remedy() {
             "cvmm: vcpu-type Opteron: unknown; give EPYC-v4",
         ),
         (vec!["--payload", "ovmf"], "--firmware <PATH>"),
+        (
+            ovmf(&["text", "--platform", "soft"]),
+            "cvmm: platform soft: a firmware image is measured by SNP alone",
+        ),
+        (
+            vec!["--payload", "shim", "--firmware", "text"],
+            "cvmm: firmware: cvmm's shim needs none; ",
+        ),
+        (
+            vec!["--kernel", "kernel", "--vcpu-type", "EPYC-v4"],
+            "--firmware <PATH>",
+        ),
         (vec!["--diff", "none", "none"], "cvmm: config none: "),
     ];
     for (args, says) in cases {

@@ -44,7 +44,9 @@ impl Launch {
         let given = cli::merge(subject.config.clone(), subject.file.as_deref())?;
         let mut config = given.clone().with_defaults();
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), u32::MAX)?;
+        let firmware = subject.ovmf.firmware()?;
         let mode = match config.platform.unwrap_or(PlatformName::Auto) {
+            PlatformName::Soft if firmware.is_some() => return Err(Unpredictable::SoftFirmware),
             PlatformName::Soft => Mode::Soft,
             PlatformName::Auto | PlatformName::Snp => Mode::Snp,
             PlatformName::Tdx => return Err(Unpredictable::Tdx),
@@ -56,7 +58,7 @@ impl Launch {
         }
         let policy = options::policy(&config.snp)?;
         let wished = options::features(&config.snp);
-        if let Some(firmware) = subject.ovmf.firmware() {
+        if let Some(firmware) = firmware {
             // The default command line is `cvmm run`'s, not QEMU's.
             let (source, plan) = ovmf::plan(&subject.ovmf, firmware, &given.boot, cpus)?;
             return Ok(Self {

@@ -22,17 +22,17 @@ use crate::spec::file::{FileError, InputFile};
     reason = "clap would take the text for the command's description"
 )]
 pub struct Ovmf {
-    /// What the launch consists of
-    #[arg(long, value_name = "NAME", default_value = "shim")]
-    pub payload: PayloadName,
+    /// What the launch consists of [default: ovmf if --firmware is given, else shim]
+    #[arg(long, value_name = "NAME")]
+    pub payload: Option<PayloadName>,
     /// OVMF image, the .fd file that holds the code
     #[arg(long, value_name = "PATH", required_if_eq("payload", "ovmf"))]
     pub firmware: Option<PathBuf>,
     /// With a firmware image: QEMU's name for the type of the virtual CPUs
-    #[arg(long, value_name = "NAME", default_value = "EPYC-v4")]
+    #[arg(long, value_name = "NAME", default_value = "EPYC-v4", requires = "firmware")]
     pub vcpu_type: String,
     /// With a firmware image: who launches it
-    #[arg(long, value_name = "NAME", default_value = "qemu")]
+    #[arg(long, value_name = "NAME", default_value = "qemu", requires = "firmware")]
     pub vmm_type: VmmType,
     /// With a firmware image: SEV_FEATURES as the host sets them [default: 0x1, and what --debug-swap and
     /// --secure-tsc add]
@@ -88,10 +88,11 @@ impl Serialize for Hashes {
 
 impl Ovmf {
     /// The image, if that is what is launched.
-    pub(super) fn firmware(&self) -> Option<&Path> {
-        (self.payload == PayloadName::Ovmf)
-            .then_some(self.firmware.as_deref())
-            .flatten()
+    pub(super) fn firmware(&self) -> Result<Option<&Path>, Unpredictable> {
+        match (self.payload, &self.firmware) {
+            (Some(PayloadName::Shim), Some(_)) => Err(Unpredictable::TwoPayloads),
+            (_, firmware) => Ok(firmware.as_deref()),
+        }
     }
 
     /// Features that were asked for by number.
