@@ -9,6 +9,8 @@ use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
 const SCHEMA: u32 = 1;
+/// The check of the launch digest.
+const MEASUREMENT: &str = "measurement";
 
 /// All checks of one report.
 #[derive(Serialize, Debug)]
@@ -73,7 +75,7 @@ fn check_of(failure: &Failure) -> &'static str {
         Failure::CertificateWithoutTcb | Failure::CertificateTcb { .. } | Failure::TcbTooOld { .. } => "tcb",
         Failure::Debug | Failure::PolicyWeaker(_) | Failure::PolicyAbi { .. } => "policy",
         Failure::Vmpl(_) => "vmpl",
-        Failure::Measurement(_) => "measurement",
+        Failure::Measurement(_) => MEASUREMENT,
         Failure::IdKey => "id-key",
         Failure::AuthorKey => "author-key",
         Failure::GuestSvn { .. } => "guest-svn",
@@ -106,7 +108,7 @@ fn checks(report: &Report, expected: &Expected) -> [(&'static str, bool, String)
         ("policy", true, report.policy().to_string()),
         ("vmpl", true, report.vmpl().to_string()),
         (
-            "measurement",
+            MEASUREMENT,
             !expected.measurements.is_empty(),
             report.measurement().to_string(),
         ),
@@ -196,10 +198,13 @@ impl fmt::Display for Answer {
             };
             writeln!(f, "{mark:<6} {name:<12} {found}{note}")?;
         }
-        f.write_str(if self.verified {
-            "the report verifies"
-        } else {
-            "THE REPORT DOES NOT VERIFY"
+        let anonymous = |check: &Check| check.name == MEASUREMENT && check.status == Status::NotCompared;
+        f.write_str(match self.verified {
+            false => "THE REPORT DOES NOT VERIFY",
+            true if self.checks.iter().any(anonymous) => {
+                "the report verifies, but it may be of any guest; --measurement says which one is meant"
+            }
+            true => "the report verifies",
         })
     }
 }
