@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use sha2::{Digest, Sha256};
 
+use crate::bench;
 use crate::cmdline::CommandLine;
 use crate::endpoint;
 use crate::init::{Then, end};
@@ -45,6 +46,9 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
             "vsock-listen" => vsock_listen(wanted),
             "rng" => rng(),
             "report" => attest(wanted),
+            "idle" => bench::idle(wanted),
+            "bench-disk" => bench::disk(wanted),
+            "bench-net" => bench_net(wanted),
             "wait" => wait_for_the_end(),
             "shell" => Ok(shell()),
             _ => Err(io::Error::other("no such test")),
@@ -241,6 +245,13 @@ fn net(wanted: &CommandLine) -> io::Result<String> {
         .ok_or_else(|| io::Error::other("no cvmm.peer= on the command line"))?;
     let mebibytes = wanted.or("net_mib", 100);
     transfer::start(patiently(&format!("tcp:{peer}"))?, mebibytes, mebibytes)
+}
+
+/// Times the network with the peer that runs `cvmm-guest bench-serve`.
+fn bench_net(wanted: &CommandLine) -> io::Result<String> {
+    network_up(wanted)?;
+    let peer = wanted.get("peer").ok_or_else(|| io::Error::other("no cvmm.peer= on the command line"))?;
+    bench::net(patiently(&format!("tcp:{peer}"))?, wanted)
 }
 
 /// Transfers `cvmm.vsock_mib` MiB each way with the host that serves vsock port `cvmm.vsock_port`.

@@ -4,6 +4,7 @@
 //! Called by name it is the agent that runs commands for `scripts/rig`, or one end of a checked transfer.
 
 mod agent;
+mod bench;
 mod checks;
 mod cmdline;
 mod endpoint;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: cvmm-guest serve ENDPOINT              accept one connection and answer its transfer
+       cvmm-guest bench-serve ENDPOINT        accept one connection and answer the timings of scripts/bench
        cvmm-guest connect ENDPOINT MIB [MIB]  send MIB mebibytes, then receive as many (or the second number)
        cvmm-guest quote UNIX-SOCKET NONCE-HEX FILE  hand a guest the nonce and store the report that it sends
        cvmm-guest agent                       run commands for scripts/rig (L1 only)
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     let outcome = match *words {
         ["agent"] => agent::run(),
         ["serve", endpoint] => endpoint::accept(endpoint).and_then(transfer::answer).map(say),
+        ["bench-serve", endpoint] => endpoint::accept(endpoint).and_then(bench::serve).map(say),
         ["connect", endpoint, mib] => connect(endpoint, mib, mib),
         ["connect", endpoint, out, back] => connect(endpoint, out, back),
         ["quote", path, nonce, file] => report::collect(path, nonce, file),
