@@ -33,6 +33,8 @@ L1 is Debian's newest kernel with KVM and busybox. Its console and QEMU's messag
 under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
 """
 RIG_FAILED = 125
+MEMORY_MIN = 512
+CPUS = range(1, 65)
 VERBS = ("up", "exec", "push", "pull", "console", "list", "down", "certs")
 
 
@@ -85,6 +87,13 @@ def main(arguments):
 
 
 def _spec(options):
+    if options.memory < MEMORY_MIN:
+        raise RigError(f"--memory {options.memory}: L1 needs at least {MEMORY_MIN} MB")
+    if options.cpus not in CPUS:
+        raise RigError(f"--cpus {options.cpus}: L1 takes {CPUS.start} to {CPUS.stop - 1}")
+    for disk in options.disk:
+        if not Path(disk).exists():
+            raise RigError(f"--disk {disk}: no such file")
     return Spec(options.kind, options.cpus, options.memory, options.with_qemu, options.append, options.disk)
 
 
