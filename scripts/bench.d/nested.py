@@ -102,7 +102,11 @@ class Journal:
         return next((mark for mark in self.marks if mark.words[: len(words)] == list(words)), None)
 
     def beside_ram(self, ram_bytes):
-        """(MiB resident beside guest RAM, MiB of guest RAM resident): RAM is the mappings that add up to its size."""
+        """(MiB resident beside guest RAM, MiB of guest RAM resident): RAM is the mappings that add up to its size.
+
+        The kernel may have joined RAM with a neighbour; all that the joint mapping has beyond RAM's size then counts
+        as resident beside RAM, which is the most that it can be.
+        """
         sizes = {}
         for line in self.smaps:
             if found := MAPPING.match(line):
@@ -110,7 +114,8 @@ class Journal:
             elif line.startswith("Rss:"):
                 sizes[key] = int(line.split()[1]) << 10
         ram = [key for key in sizes if key[1] - key[0] == ram_bytes] or _split_ram(sizes, ram_bytes)
-        resident = sum(sizes[key] for key in ram)
+        beyond = sum(key[1] - key[0] for key in ram) - ram_bytes
+        resident = max(sum(sizes[key] for key in ram) - beyond, 0)
         return (sum(sizes.values()) - resident) / 2**20, resident / 2**20
 
 
@@ -124,6 +129,9 @@ def _split_ram(sizes, ram_bytes):
             last += 1
         if total == ram_bytes:
             return keys[first:last]
+    joint = [key for key in keys if key[1] - key[0] > ram_bytes]
+    if joint:
+        return [min(joint, key=lambda key: key[1] - key[0])]
     raise ValueError(f"no mappings of {ram_bytes >> 20} MiB in the VMM's memory map")
 
 

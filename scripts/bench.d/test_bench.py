@@ -48,6 +48,11 @@ class Reading(unittest.TestCase):
         with self.assertRaises(ValueError):
             journal.beside_ram(4 << 20)
 
+    def test_what_the_kernel_has_joined_with_guest_ram_counts_as_beside_it(self):
+        journal = nested.Journal(lambda: 0.0)
+        journal.smaps = ["1000-3000 rw-p 0 0 0", "Rss: 8 kB", "200000-310000 rw-p 0 0 0", "Rss: 512 kB"]
+        self.assertEqual(journal.beside_ram(1 << 20), (72 / 1024, 448 / 1024))
+
 
 class Reckoning(unittest.TestCase):
     def test_a_target_is_met_missed_or_not_measured(self):
