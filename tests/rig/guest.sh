@@ -19,7 +19,7 @@ PID=$!
 if [ -n "$VSOCK" ]; then
     (
         while ! grep -q CVMM-LISTENING console && kill -0 $PID; do sleep 0.3; done
-        ./tool connect hybrid:/root/v:6000 "$VSOCK"
+        ./tool connect hybrid:/root/v:6000 16
     ) >listen.log 2>&1 &
 fi
 # busybox's timeout becomes the program itself, so that PID is cvmm.

@@ -33,6 +33,7 @@ class Ended:
     stderr: str
     events: list = field(default_factory=list)
     extra: str = ""
+    words: str = ""
 
     def results(self):
         """The guest's own verdicts, by test name."""
@@ -118,4 +119,4 @@ class Host:
         assert "code" in parts, f"guest.sh ended with {code}:\n{text[-2000:]}"
         events = [json.loads(line) for line in parts["events"].splitlines()]
         console = parts["console"].replace("\r", "")
-        return Ended(int(parts["code"].split()[0]), console, parts["stderr"], events, parts.get("extra", ""))
+        return Ended(int(parts["code"].split()[0]), console, parts["stderr"], events, parts.get("extra", ""), words)

@@ -1,47 +1,170 @@
-"""SNP guests on the emulated SNP host: KVM's own SNP code runs, and the security processor's answers are checked."""
+"""SNP guests on the emulated SNP host: KVM's own SNP code runs, and a model of the security processor measures,
+signs and refuses."""
 
-import json
+import base64
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import soft
+from host import RIG, output
 
 NONCE = "c0ffee" * 21 + "c0"
 HOST_DATA = "5a" * 32
+POLICY = "0x30000"
 
 
-def measured(ended):
-    """The digests that cvmm announced, one for each life."""
-    return [event["digest"] for event in ended.events if event["event"] == "measured"]
-
-
-def predicted(host, *arguments, run, cmdline="", flavour="cloud"):
-    """What `cvmm measure` says, on this machine and from the same arguments, about Host.guest's guest."""
-    from host import output
-
-    words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()
+def measure(host, words, *arguments, flavour="cloud", kernel=None):
+    """What `cvmm measure` says on this machine, which has no SNP."""
     command = [
-        host.binary, "measure", "--platform", "snp", "--kernel", host.files[f"{flavour}_kernel"],
+        host.binary, "measure", "--platform", "snp", "--kernel", kernel or host.files[f"{flavour}_kernel"],
         "--initrd", host.files[f"{flavour}_initrd"], "--cmdline", words, *arguments,
     ]  # fmt: skip
     return output(*command).split()[0]
 
 
+def announced(ended):
+    """The digests in cvmm's events, one for each life."""
+    return [event["digest"] for event in ended.events if event["event"] == "measured"]
+
+
 def report_of(ended):
-    """The report that the guest printed: its bytes in base64, and the measurement that the guest read in it."""
+    """The report that the guest printed, and the measurement that it read there."""
     text = re.search(r"^CVMM-REPORT (\S+)", ended.console, flags=re.M).group(1)
-    measurement = re.search(r"measurement (\w+)", ended.results()["report"][1]).group(1)
-    return text, measurement
+    return base64.b64decode(text), re.search(r"measurement (\w+)", ended.results()["report"][1]).group(1)
 
 
-def a_stock_kernel_is_measured_as_predicted(host):
-    """The digest of `cvmm measure`, of the launch, and in the guest's report are one; all devices work."""
+def attested(host, ended, words, *arguments, flavour="cloud"):
+    """Asserts that prediction, launch and report agree, and gives the report."""
+    report, measurement = report_of(ended)
+    assert announced(ended) == [measurement], (announced(ended), measurement)
+    prediction = measure(host, words, *arguments, flavour=flavour)
+    assert prediction == measurement, f"predicted {prediction}, reported {measurement}"
+    return report, measurement
+
+
+def verify(host, report, measurement, *more):
+    """Exit code and words of `cvmm report`, with the emulated host's own root."""
+    folder = output(RIG, "certs").strip()
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(report)
+        file.flush()
+        command = [
+            host.binary, "report", file.name, "--ark", f"{folder}/ark.pem", "--root", f"{folder}/ark.pem",
+            "--ask", f"{folder}/ask.pem", "--vcek", f"{folder}/vcek.pem", "--measurement", measurement,
+            "--host-data", HOST_DATA, "--report-data", NONCE, *more,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def a_stock_kernel_is_what_was_predicted(host):
+    """Every device works in the guest, with checksums; the digest of `cvmm measure`, of the launch and of the guest's
+    report are one; `cvmm report` accepts the report, and refuses it after any changed byte."""
+    words = f"cvmm.nonce={NONCE}"
     ended, times = soft.traffic(
-        host, "cloud", 1, 64, 16, 16, "--host-data", HOST_DATA, run=["report"], timeout=600, more_words=f"cvmm.nonce={NONCE}"
+        host, "cloud", 1, 64, 16, 8, "--host-data", HOST_DATA, "--policy", POLICY, run=["report"], words=words, timeout=600
     )
-    text, measurement = report_of(ended)
-    assert measured(ended) == [measurement], (measured(ended), measurement)
-    host.report, host.measurement = text, measurement
-    return f"{measurement[:16]}…, {times}"
+    report, measurement = attested(host, ended, ended.words, "--host-data", HOST_DATA)
+    code, text = verify(host, report, measurement)
+    assert code == 0, text
+    for at in range(0, len(report), 37):
+        changed = bytes(byte ^ (index == at) for index, byte in enumerate(report))
+        code, text = verify(host, changed, measurement)
+        assert code != 0, f"accepted with byte {at:#x} changed"
+    code, text = verify(host, report, "00" * 48)
+    assert code != 0 and "measurement" in text, text
+    return times
 
 
-TESTS = []
+def the_other_kernel_and_more_memory(host):
+    """Debian's amd64 kernel with 5 GiB, most of which the guest accepts lazily."""
+    ended = host.guest("--memory", "5G", run="memory,touch,report", cmdline="cvmm.touch_mib=64", flavour="amd64", timeout=400)
+    results = ended.passed("memory", "touch", "report")
+    total_kib = int(re.search(r"MemTotal: (\d+)", results["memory"][1]).group(1))
+    assert total_kib > 4_700_000, results["memory"]
+    attested(host, ended, ended.words, flavour="amd64")
+    return f"{total_kib >> 10} MiB usable"
+
+
+def four_vcpus(host):
+    """The guest starts its own processors; the digest covers each of them."""
+    ended = host.guest("--cpus", "4", run="smp,report", timeout=400)
+    results = ended.passed("smp", "report")
+    assert results["smp"][1].startswith("online 0-3"), results["smp"]
+    attested(host, ended, ended.words, "--cpus", "4")
+
+
+def a_reboot_has_the_same_digest(host):
+    """A reboot is a new SNP guest from the same plan."""
+    wait = "while [ $(grep -c CVMM-INIT /root/console) -lt 2 ]; do sleep 0.5; done; kill -TERM $PID; sleep 1; kill -TERM $PID"
+    ended = host.guest(run="smp", cmdline="cvmm.then=reboot", extra=wait, timeout=400)
+    digests = announced(ended)
+    assert len(digests) >= 2 and len(set(digests)) == 1, digests
+
+
+def firmware_refuses_what_the_owner_did_not_sign(host):
+    """With an ID block for one command line, the firmware refuses the launch of another, before any instruction."""
+    with tempfile.TemporaryDirectory() as folder:
+        key = Path(folder) / "id.pem"
+        output("openssl", "ecparam", "-name", "secp384r1", "-genkey", "-noout", "-out", str(key))
+        digest = measure(host, "console=hvc0 quiet cvmm.run=smp")
+        block, auth = f"{folder}/id-block", f"{folder}/id-auth"
+        output(
+            host.binary, "id-block", "--digest", digest, "--policy", POLICY, "--id-key", str(key),
+            "--out-block", block, "--out-auth", auth,
+        )  # fmt: skip
+        subprocess.run([RIG, "push", "--name", host.name, f"{block}:/root/id-block", f"{auth}:/root/id-auth"], check=True)
+    identity = ["--id-block", "/root/id-block", "--id-auth", "/root/id-auth"]
+    good = host.guest(*identity, run="smp", timeout=300)
+    good.passed("smp")
+    bad = host.guest(*identity, run="smp", cmdline="init=/bin/sh", timeout=120)
+    assert bad.code == 22, (bad.code, bad.stderr)
+    assert "digest" in bad.stderr.lower() or "measurement" in bad.stderr.lower(), bad.stderr
+
+
+def the_shim_refuses_a_kernel_that_changes(host):
+    """A host process writes to the kernel file for as long as the guest boots: the measured kernel runs, or none."""
+    host.shell("cp /root/cloud-kernel /root/changing-kernel")
+    write = "for i in $(seq 400); do printf x | dd of=/root/changing-kernel bs=1 seek=9000000 conv=notrunc 2>/dev/null; done"
+    ended = host.guest("--kernel", "/root/changing-kernel", run="smp", extra=write, timeout=300)
+    refused = ended.code == 11 and "not the measured one" in ended.stderr
+    assert refused or ended.code == 0, (ended.code, ended.tail())
+    return "the shim refused" if refused else "the shim had its copy already"
+
+
+def memory_is_paid_for_once(host):
+    """A 512 MiB guest that touched nearly all of its memory costs that and a few MiB, not twice as much."""
+    look = (
+        "while ! grep -q CVMM-WAITING /root/console; do sleep 0.5; done; "
+        "grep -h -E 'VmRSS|RssAnon|RssShmem' /proc/$PID/status; cat /proc/meminfo | grep -E 'Unevictable|^Cached'; kill -TERM $PID"
+    )
+    ended = host.guest(run="touch,wait", cmdline="cvmm.touch_mib=400", extra=look, timeout=400)
+    assert ended.code == 0, (ended.code, ended.tail())
+    resident = int(re.search(r"VmRSS:\s+(\d+)", ended.extra).group(1)) >> 10
+    private = int(re.search(r"Unevictable:\s+(\d+)", ended.extra).group(1)) >> 10
+    assert private + resident < 512 + 80, ended.extra
+    return f"private {private} MiB, cvmm resident {resident} MiB"
+
+
+def a_host_without_snp_says_what_is_missing(host):
+    """The messages of the launch's first step, on a host whose /dev/sev is gone."""
+    host.shell("mv /dev/sev /dev/sev.away")
+    try:
+        ended = host.guest(run="smp", timeout=60)
+    finally:
+        host.shell("mv /dev/sev.away /dev/sev")
+    assert ended.code == 20 and "/dev/sev" in ended.stderr, (ended.code, ended.stderr)
+
+
+TESTS = [
+    a_stock_kernel_is_what_was_predicted,
+    the_other_kernel_and_more_memory,
+    a_reboot_has_the_same_digest,
+    firmware_refuses_what_the_owner_did_not_sign,
+    the_shim_refuses_a_kernel_that_changes,
+    memory_is_paid_for_once,
+    a_host_without_snp_says_what_is_missing,
+    four_vcpus,
+]

@@ -6,14 +6,14 @@ TRAFFIC = ["smp", "disk", "net", "vsock", "vsock-listen", "rng"]
 NETWORK = "cvmm.ip=10.9.0.2/24 cvmm.peer=10.9.0.1:7000"
 
 
-def traffic(host, flavour, cpus, disk_mib, net_mib, vsock_mib, *more, timeout=420, run=()):
+def traffic(host, flavour, cpus, disk_mib, net_mib, vsock_mib, *more, timeout=420, run=(), words=""):
     """One guest with all devices. Both sides of each transfer compare checksums; the disk is read again after
     power-off, by L1's own ext4."""
     sizes = f"cvmm.disk_mib={disk_mib} cvmm.net_mib={net_mib} cvmm.vsock_mib={vsock_mib}"
     wanted = [*TRAFFIC, *run]
     ended = host.guest(
         "--cpus", str(cpus), "--disk", "/root/disk", "--rng", *more,
-        run=",".join(wanted), cmdline=f"{NETWORK} {sizes}", flavour=flavour, timeout=timeout,
+        run=",".join(wanted), cmdline=f"{NETWORK} {sizes} {words}".strip(), flavour=flavour, timeout=timeout,
         net=True, VSOCK=vsock_mib,
     )  # fmt: skip
     results = ended.passed(*wanted)
