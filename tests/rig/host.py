@@ -83,7 +83,7 @@ class Host:
         for source, place in places.items():
             options += ["--file", f"{source}:{place}"]
         began = time.monotonic()
-        subprocess.run([RIG, "up", "--name", self.name, "--memory", "3500", *options], check=True)
+        subprocess.run([RIG, "up", "--name", self.name, "--memory", "6500", *options], check=True)
         print(f"     {self.kind} L1 is up ({time.monotonic() - began:.0f} s)", flush=True)
         return self
 
