@@ -24,6 +24,10 @@ if [ -n "$VSOCK" ]; then
 fi
 # busybox's timeout becomes the program itself, so that PID is cvmm.
 if [ -n "$EXTRA" ]; then
+    # Waits until the console shows the text so many times; fails when cvmm ends before.
+    await() {
+        until [ "$(grep -c "$1" console)" -ge "${2:-1}" ]; do kill -0 $PID 2>/dev/null || return 1; sleep 0.3; done
+    }
     (eval "$EXTRA") >extra 2>&1 &
     BESIDE=$!
 fi

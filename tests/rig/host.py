@@ -103,11 +103,11 @@ class Host:
             assert done.returncode == 0, f"`{script}` in L1 ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.returncode, done.stdout + done.stderr
 
-    def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, **env):
+    def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, kernel=None, **env):
         """Runs one guest to its end, by guest.sh, with whatever the tests in `run` need on the host's side."""
         words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()
         command = [
-            "--kernel", f"/root/{flavour}-kernel", "--initrd", f"/root/{flavour}-initrd", "--cmdline", words,
+            "--kernel", kernel or f"/root/{flavour}-kernel", "--initrd", f"/root/{flavour}-initrd", "--cmdline", words,
             "--platform", "snp" if self.kind == "snp" else "soft", "--console", "file=/root/console",
             *arguments,
         ]  # fmt: skip

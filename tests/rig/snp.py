@@ -98,7 +98,7 @@ def four_vcpus(host):
 
 def a_reboot_has_the_same_digest(host):
     """A reboot is a new SNP guest from the same plan."""
-    wait = "while [ $(grep -c CVMM-INIT /root/console) -lt 2 ]; do sleep 0.5; done; kill -TERM $PID; sleep 1; kill -TERM $PID"
+    wait = "await CVMM-INIT 2 && kill -TERM $PID; sleep 1; kill -TERM $PID"
     ended = host.guest(run="smp", cmdline="cvmm.then=reboot", extra=wait, timeout=400)
     digests = announced(ended)
     assert len(digests) >= 2 and len(set(digests)) == 1, digests
@@ -128,7 +128,7 @@ def the_shim_refuses_a_kernel_that_changes(host):
     """A host process writes to the kernel file for as long as the guest boots: the measured kernel runs, or none."""
     host.shell("cp /root/cloud-kernel /root/changing-kernel")
     write = "for i in $(seq 400); do printf x | dd of=/root/changing-kernel bs=1 seek=9000000 conv=notrunc 2>/dev/null; done"
-    ended = host.guest("--kernel", "/root/changing-kernel", run="smp", extra=write, timeout=300)
+    ended = host.guest(kernel="/root/changing-kernel", run="smp", extra=write, timeout=300)
     refused = ended.code == 11 and "not the measured one" in ended.stderr
     assert refused or ended.code == 0, (ended.code, ended.tail())
     return "the shim refused" if refused else "the shim had its copy already"
@@ -137,7 +137,7 @@ def the_shim_refuses_a_kernel_that_changes(host):
 def memory_is_paid_for_once(host):
     """A 512 MiB guest that touched nearly all of its memory costs that and a few MiB, not twice as much."""
     look = (
-        "while ! grep -q CVMM-WAITING /root/console; do sleep 0.5; done; "
+        "await CVMM-WAITING && "
         "grep -h -E 'VmRSS|RssAnon|RssShmem' /proc/$PID/status; cat /proc/meminfo | grep -E 'Unevictable|^Cached'; kill -TERM $PID"
     )
     ended = host.guest(run="touch,wait", cmdline="cvmm.touch_mib=400", extra=look, timeout=400)

@@ -57,7 +57,7 @@ def memory_above_4_gib(host):
 
 def reboot_is_a_new_vm_from_the_same_plan(host):
     """The guest reboots; cvmm starts it again, measured the same, and SIGTERM ends the second life."""
-    wait = "while [ $(grep -c CVMM-INIT /root/console) -lt 2 ]; do sleep 0.5; done; kill -TERM $PID; sleep 1; kill -TERM $PID"
+    wait = "await CVMM-INIT 2 && kill -TERM $PID; sleep 1; kill -TERM $PID"
     ended = host.guest(run="smp", cmdline="cvmm.then=reboot", extra=wait)
     names = ended.event_names()
     assert "guest_reboot" in names and names.count("running") >= 2, names
@@ -68,7 +68,7 @@ def reboot_is_a_new_vm_from_the_same_plan(host):
 
 def sigterm_presses_the_power_button(host):
     """A stock guest powers off in order."""
-    wait = "while ! grep -q CVMM-WAITING /root/console; do sleep 0.3; done; kill -TERM $PID"
+    wait = "await CVMM-WAITING && kill -TERM $PID"
     ended = host.guest(run="wait", extra=wait)
     assert ended.code == 0 and "CVMM-POWER-BUTTON" in ended.console, (ended.code, ended.tail())
     assert ended.event_names()[-3:] == ["stopping", "guest_off", "stopped"], ended.event_names()
@@ -84,7 +84,7 @@ def second_sigterm_ends_at_once(host):
 def kill_9_leaves_nothing_behind(host):
     """After kill -9 no process, lock or tap stays, and the same command starts again over the stale socket."""
     for life in range(2):
-        wait = "while ! grep -q CVMM-WAITING /root/console; do sleep 0.3; done; kill -KILL $PID"
+        wait = "await CVMM-WAITING && kill -KILL $PID"
         script = wait if life == 0 else wait.replace("-KILL", "-TERM")
         ended = host.guest(
             "--disk", "/root/disk", "--net", "tap=tap0", "--vsock", "cid=9,uds=/tmp/stale", run="wait", extra=script,
@@ -114,7 +114,7 @@ def kernel_changed_under_the_shim_is_refused(host):
     measured kernel runs or none does."""
     host.shell("cp /root/cloud-kernel /root/changing-kernel")
     write = "for i in $(seq 400); do printf x | dd of=/root/changing-kernel bs=1 seek=9000000 conv=notrunc 2>/dev/null; done"
-    ended = host.guest("--kernel", "/root/changing-kernel", run="smp", extra=write)
+    ended = host.guest(kernel="/root/changing-kernel", run="smp", extra=write)
     refused = ended.code == 11 and "not the measured one" in ended.stderr
     assert refused or ended.code == 0, (ended.code, ended.tail())
     return "the shim refused" if refused else "the shim had its copy already"
