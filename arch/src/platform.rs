@@ -138,6 +138,8 @@ pub enum PlatformFlow {
     Resume,
     /// Let KVM finish what the exit interrupted without running the guest, then drop this and go on.
     Finish(Box<dyn Send>),
+    /// The guest wants its machine reset.
+    Reset,
     /// The guest ended itself; the reason in words, safe to print.
     Terminated(String),
 }
@@ -147,6 +149,7 @@ impl std::fmt::Debug for PlatformFlow {
         match self {
             Self::Resume => f.write_str("Resume"),
             Self::Finish(_) => f.write_str("Finish"),
+            Self::Reset => f.write_str("Reset"),
             Self::Terminated(why) => f.debug_tuple("Terminated").field(why).finish(),
         }
     }

@@ -9,6 +9,7 @@ use crate::descriptor::{DESCRIPTOR_LEN, Descriptor, Staged};
 use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, STAGING, UNIT};
 use crate::plan::Plan;
 use crate::reason::Reason;
+use crate::reset::{self, RESET_PAGE};
 use crate::sha256::{Compress, Sha256};
 use crate::zero_page::Links;
 use crate::{acpi, efi, snp, unaccepted, zero_page};
@@ -88,10 +89,11 @@ pub struct Entry {
 /// The [`Reason`] for which the machine must be stopped.
 pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN]) -> Result<Entry, Reason> {
     let config = Config::decode(config).map_err(|_| Reason::BadConfig)?;
-    for range in [0..LOW_HOLE, FREE..LOW_END] {
+    for range in [0..LOW_HOLE, RESET_PAGE..RESET_PAGE + PAGE, FREE..LOW_END] {
         machine.validate(&range)?;
         machine.wipe(&range);
     }
+    reset::write(machine.memory(RESET_PAGE, PAGE)?, mode)?;
     let plan = Plan::new(&config, &fetch_descriptor(machine)?)?;
     unaccepted::create(machine.memory(UNACCEPTED, UNACCEPTED_LEN)?, &plan.ram)?;
     let mut header = [0; HEADER_END];

@@ -140,7 +140,7 @@ def memory_is_paid_for_once(host):
         "await CVMM-WAITING && "
         "grep -h -E 'VmRSS|RssAnon|RssShmem' /proc/$PID/status; cat /proc/meminfo | grep -E 'Unevictable|^Cached'; kill -TERM $PID"
     )
-    ended = host.guest(run="touch,wait", cmdline="cvmm.touch_mib=400", extra=look, timeout=400)
+    ended = host.guest(run="touch,wait", cmdline="cvmm.touch_mib=300", extra=look, timeout=400)
     assert ended.code == 0, (ended.code, ended.tail())
     resident = int(re.search(r"VmRSS:\s+(\d+)", ended.extra).group(1)) >> 10
     private = int(re.search(r"Unevictable:\s+(\d+)", ended.extra).group(1)) >> 10

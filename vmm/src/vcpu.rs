@@ -56,6 +56,8 @@ pub enum Flow {
     Resume,
     /// The guest triple-faulted.
     Crashed,
+    /// The guest wants its machine reset.
+    Reset,
     /// The guest ended itself; the reason in words.
     Terminated(String),
 }
@@ -166,6 +168,7 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
             return Ok(match to.platform.handle_exit(exit)? {
                 PlatformFlow::Resume => Served::Flow(Flow::Resume),
                 PlatformFlow::Finish(until_done) => Served::Finish(until_done),
+                PlatformFlow::Reset => Served::Flow(Flow::Reset),
                 PlatformFlow::Terminated(why) => Served::Flow(Flow::Terminated(why)),
             });
         }
@@ -209,6 +212,8 @@ pub enum VcpuEnd {
     Stopped,
     /// The guest triple-faulted.
     Crashed,
+    /// The guest wants its machine reset.
+    Reset,
     /// The guest ended itself; the reason in words.
     Terminated(String),
     /// The vCPU cannot go on.
@@ -229,6 +234,7 @@ pub fn run(vcpu: &mut Vcpu, to: &Services, stop: &AtomicBool) -> VcpuEnd {
         match step(vcpu, &mut memory, to) {
             Ok(Flow::Resume) => {}
             Ok(Flow::Crashed) => return VcpuEnd::Crashed,
+            Ok(Flow::Reset) => return VcpuEnd::Reset,
             Ok(Flow::Terminated(why)) => return VcpuEnd::Terminated(why),
             Err(e) => return VcpuEnd::Failed(e),
         }
