@@ -52,6 +52,9 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         protected: launched.digest().is_some(),
     });
     let staging = stage(world, &ground)?;
+    if let Some(boot) = vcpus.first() {
+        staging.fill(boot);
+    }
 
     let inbox = Inbox::new().map_err(RunError::host("making the main thread's inbox"))?;
     let mut event_loop = EventLoop::new().map_err(RunError::host("making the event loop"))?;
