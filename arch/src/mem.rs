@@ -71,6 +71,25 @@ impl VisibilityMap {
         self.ram.iter().any(|ram| ram.contains(range))
     }
 
+    /// Makes `range` private and says which of its frames were shared before, for [`show`](Self::show).
+    pub fn hide(&self, range: PageRange) -> Hidden {
+        let words = word_masks(range).filter_map(|(index, mask)| {
+            let mask = mask & self.ram_mask(index);
+            let old = self.shared.get(index)?.fetch_and(!mask, Ordering::SeqCst) & mask;
+            (old != 0).then_some((index, old))
+        });
+        Hidden(words.collect())
+    }
+
+    /// Undoes one [`hide`](Self::hide): what was private before it stays private.
+    pub fn show(&self, hidden: Hidden) {
+        for (index, mask) in hidden.0 {
+            if let Some(word) = self.shared.get(index) {
+                word.fetch_or(mask, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// Moves `range` to side `to` and returns how many frames changed. Frames outside RAM are ignored.
     pub fn set(&self, range: PageRange, to: Visibility) -> u64 {
         let mut changed = 0_u64;
@@ -159,6 +178,11 @@ impl VisibilityMap {
         mask
     }
 }
+
+/// The frames that one [`VisibilityMap::hide`] took from the shared side.
+#[derive(Debug)]
+#[must_use]
+pub struct Hidden(Vec<(usize, u64)>);
 
 /// The bitmap words that `range` touches, each with the mask of the range's bits in it.
 fn word_masks(range: PageRange) -> impl Iterator<Item = (usize, u64)> {

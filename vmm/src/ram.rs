@@ -136,9 +136,9 @@ impl GuestRam {
         let _whole = self.converting.lock().unwrap_or_else(PoisonError::into_inner);
         match to {
             Visibility::Private => {
-                self.visible.set(range, to);
+                let hidden = self.visible.hide(range);
                 if !self.visible.drain(range, DRAIN_LIMIT) {
-                    self.visible.set(range, Visibility::Shared);
+                    self.visible.show(hidden);
                     return Err(ConvertError::Busy);
                 }
                 self.backing.set_attribute(range, to)?;
@@ -340,5 +340,17 @@ mod tests {
         assert!(calls.0.lock().unwrap().is_empty());
         drop(pin);
         ram.convert_request(0x1000, 1, Visibility::Private).unwrap();
+    }
+
+    /// A refused conversion must not hand a page that was private before to the devices.
+    #[test]
+    fn a_busy_conversion_leaves_private_pages_private() {
+        let (ram, _) = guest_ram(1 << 20);
+        ram.convert_request(0x2000, 1, Visibility::Private).unwrap();
+        let _pin = ram.shared().pin(Gpa(0x1000), 0x1000).unwrap();
+        let busy = ram.convert_request(0x1000, 3, Visibility::Private);
+        assert!(matches!(busy, Err(ConvertError::Busy)));
+        let sides = [0x1000, 0x2000, 0x3000].map(|page| ram.shared().all_shared(Gpa(page), 0x1000));
+        assert_eq!(sides, [true, false, true]);
     }
 }
