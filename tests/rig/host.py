@@ -103,6 +103,20 @@ class Host:
             assert done.returncode == 0, f"`{script}` in L1 ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.returncode, done.stdout + done.stderr
 
+    def run_tests(self, package, name):
+        """Builds a test program of the workspace statically and runs it in L1; nothing in it may be skipped."""
+        flags = {"CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS": "-C target-feature=+crt-static"}
+        built = output(
+            "cargo", "test", "--no-run", "--quiet", "--target", "x86_64-unknown-linux-gnu", "-p", package,
+            "--test", name, "--message-format=json", env={**os.environ, **flags},
+        )  # fmt: skip
+        programs = [message.get("executable") for message in map(json.loads, built.splitlines())]
+        program = next(path for path in programs if path and Path(path).name.startswith(f"{name}-"))
+        subprocess.run([RIG, "push", "--name", self.name, f"{program}:/root/{name}"], check=True)
+        code, text = self.shell(f"cd /root && ./{name} --nocapture --test-threads=1", 300, check=False)
+        assert code == 0 and "SKIP" not in text, text[-2000:]
+        return re.search(r"test result: .*?;", text).group(0)
+
     def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, kernel=None, **env):
         """Runs one guest to its end, by guest.sh, with whatever the tests in `run` need on the host's side."""
         words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()

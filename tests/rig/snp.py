@@ -51,8 +51,7 @@ def verify(host, report, measurement, *more):
         file.write(report)
         file.flush()
         command = [
-            host.binary, "report", file.name, "--ark", f"{folder}/ark.pem", "--root", f"{folder}/ark.pem",
-            "--ask", f"{folder}/ask.pem", "--vcek", f"{folder}/vcek.pem", "--measurement", measurement,
+            host.binary, "report", file.name, "--ark", f"{folder}/ark.pem", "--ask", f"{folder}/ask.pem", "--vcek", f"{folder}/vcek.pem", "--measurement", measurement,
             "--host-data", HOST_DATA, "--report-data", NONCE, *more,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
@@ -113,7 +112,7 @@ def firmware_refuses_what_the_owner_did_not_sign(host):
         block, auth = f"{folder}/id-block", f"{folder}/id-auth"
         output(
             host.binary, "id-block", "--digest", digest, "--policy", POLICY, "--id-key", str(key),
-            "--out-block", block, "--out-auth", auth,
+            "--id-block", block, "--id-auth", auth,
         )  # fmt: skip
         subprocess.run([RIG, "push", "--name", host.name, f"{block}:/root/id-block", f"{auth}:/root/id-auth"], check=True)
     identity = ["--id-block", "/root/id-block", "--id-auth", "/root/id-auth"]
@@ -158,7 +157,19 @@ def a_host_without_snp_says_what_is_missing(host):
     assert ended.code == 20 and "/dev/sev" in ended.stderr, (ended.code, ended.stderr)
 
 
+def kvm_and_firmware_answer_as_the_model_says(host):
+    """snp/tests/live.rs: launches, refusals and identities on KVM's real code; its answers equal the recorded model."""
+    return host.run_tests("snp", "live")
+
+
+def conversions_leave_nothing_behind(host):
+    """vmm/tests/conversions.rs on a real SNP VM: 64,000 conversions, no growth of memory, mappings or descriptors."""
+    return host.run_tests("vmm", "conversions")
+
+
 TESTS = [
+    kvm_and_firmware_answer_as_the_model_says,
+    conversions_leave_nothing_behind,
     a_stock_kernel_is_what_was_predicted,
     the_other_kernel_and_more_memory,
     a_reboot_has_the_same_digest,
