@@ -19,7 +19,7 @@ const VECTOR: usize = 0xff0;
 const CODE: usize = 0xf00;
 /// JMP rel16 from the vector to the code.
 const JUMP: [u8; 3] = {
-    let [low, high, ..] = (CODE as u16).wrapping_sub(VECTOR as u16 + 3).to_le_bytes();
+    let [low, high, ..] = CODE.wrapping_sub(VECTOR + 3).to_le_bytes();
     [0xe9, low, high]
 };
 /// HLT; JMP back to it.

@@ -230,7 +230,10 @@ mod tests {
             ),
         ];
         for (data, words) in cases {
-            assert_eq!(Termination::decode(data).words(OwnReasons { words: own, reset: 9 }), words);
+            assert_eq!(
+                Termination::decode(data).words(OwnReasons { words: own, reset: 9 }),
+                words
+            );
         }
     }
 

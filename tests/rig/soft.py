@@ -83,6 +83,7 @@ def second_sigterm_ends_at_once(host):
 
 def kill_9_leaves_nothing_behind(host):
     """After kill -9 no process, lock or tap stays, and the same command starts again over the stale socket."""
+    host.shell("[ -d /sys/class/net/tap0 ] || { tunctl -t tap0 && ip link set tap0 up; }")
     for life in range(2):
         wait = "await CVMM-WAITING && kill -KILL $PID"
         script = wait if life == 0 else wait.replace("-KILL", "-TERM")

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use arch::addr::PageRange;
+use arch::addr::{Gpa, PAGE_SIZE, PageRange};
 use arch::exit::{Answer, Exit};
 use arch::kvm::vcpu::{RunError, Vcpu};
 use arch::mem::Visibility;
@@ -24,6 +24,8 @@ pub trait Enter {
     /// # Errors
     /// The guest could not be entered.
     fn finish(&mut self) -> Result<Exit<'_>, RunError>;
+    /// Backs `range`, which has just become private, so that the guest's first touches do not exit one by one.
+    fn populate(&mut self, range: PageRange);
 }
 
 impl Enter for Vcpu {
@@ -33,6 +35,12 @@ impl Enter for Vcpu {
 
     fn finish(&mut self) -> Result<Exit<'_>, RunError> {
         Vcpu::finish(self)
+    }
+
+    fn populate(&mut self, range: PageRange) {
+        if let Err(e) = self.pre_fault(range) {
+            log::debug!("backing {:#x} ahead of the guest: {e}", range.start().0);
+        }
     }
 }
 
@@ -45,6 +53,8 @@ pub struct Services {
     pub mmio: Bus,
     /// Guest memory, for conversions.
     pub ram: Arc<GuestRam>,
+    /// Private pages have a backing of their own.
+    pub private_backing: bool,
     /// The sealed platform.
     pub platform: Box<dyn Sealed>,
 }
@@ -125,6 +135,10 @@ pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result
                 next = serve(vcpu.finish()?, memory, to)?;
                 drop(until_done);
             }
+            Served::Populate(range) => {
+                vcpu.populate(range);
+                return Ok(Flow::Resume);
+            }
         }
     }
 }
@@ -133,6 +147,7 @@ pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result
 enum Served {
     Flow(Flow),
     Finish(Box<dyn Send>),
+    Populate(PageRange),
 }
 
 fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, VcpuError> {
@@ -158,7 +173,13 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
             to: side,
             reply,
         } => match to.ram.convert_request(gpa, pages, side) {
-            Ok(()) => reply.set(Answer::Done),
+            Ok(()) => {
+                reply.set(Answer::Done);
+                return Ok(match worth_backing(gpa, pages, side) {
+                    Some(range) if to.private_backing => Served::Populate(range),
+                    Some(_) | None => Served::Flow(Flow::Resume),
+                });
+            }
             Err(ConvertError::BadRange(_) | ConvertError::NotRam { .. }) => reply.set(Answer::Invalid),
             Err(ConvertError::Busy) => reply.set(Answer::Retry),
             Err(e @ ConvertError::Host(_)) => return Err(e.into()),
@@ -178,6 +199,15 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
         Exit::Internal { suberror, data } => return Err(VcpuError::Internal { suberror, data }),
     }
     Ok(Served::Flow(Flow::Resume))
+}
+
+/// Most pages that a conversion backs at once: what a guest converts in one go because it is about to use it. A
+/// guest that gives all its memory back before a kexec does not get it all backed.
+const POPULATE_PAGES: u64 = 512;
+
+fn worth_backing(gpa: u64, pages: u64, side: Visibility) -> Option<PageRange> {
+    let wanted = side == Visibility::Private && (2..=POPULATE_PAGES).contains(&pages);
+    wanted.then(|| PageRange::new(Gpa(gpa), pages.checked_mul(PAGE_SIZE)?).ok())?
 }
 
 /// Converts on first touch; a page that already is where the guest wants it may just have been converted by
@@ -246,7 +276,6 @@ pub fn run(vcpu: &mut Vcpu, to: &Services, stop: &AtomicBool) -> VcpuEnd {
 mod tests {
     use std::sync::Mutex;
 
-    use arch::addr::Gpa;
     use arch::exit::{PlatformExit, Reply};
     use arch::mem::map::HostRam;
     use arch::mem::{SharedMem, VisibilityMap};
@@ -269,8 +298,12 @@ mod tests {
         Internal,
     }
 
-    struct Script(Scripted);
+    struct Script(Scripted, Vec<PageRange>);
     impl Enter for Script {
+        fn populate(&mut self, range: PageRange) {
+            self.1.push(range);
+        }
+
         fn finish(&mut self) -> Result<Exit<'_>, RunError> {
             Ok(Exit::Interrupted)
         }
@@ -359,7 +392,7 @@ mod tests {
         ports.attach(0x100, 8, Box::new(Recorder(log.clone()))).unwrap();
         mmio.attach(0xc000_0000, 0x1000, Box::new(Recorder(log.clone())))
             .unwrap();
-        let all = ram::ranges(1 << 20).unwrap();
+        let all = ram::ranges(4 << 20).unwrap();
         let host = HostRam::allocate(&all).unwrap();
         let visible = Arc::new(VisibilityMap::new(&all, Visibility::Shared));
         let shared = SharedMem::new(host.map().clone(), visible.clone());
@@ -369,6 +402,7 @@ mod tests {
                 ports,
                 mmio,
                 ram,
+                private_backing: true,
                 platform: Box::new(Ends),
             },
             log,
@@ -376,7 +410,7 @@ mod tests {
     }
 
     fn once(script: Scripted, to: &Services) -> (Result<Flow, VcpuError>, Scripted) {
-        let mut vcpu = Script(script);
+        let mut vcpu = Script(script, vec![]);
         let flow = step(&mut vcpu, &mut Memory::default(), to);
         (flow, vcpu.0)
     }
@@ -433,6 +467,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_guest_is_about_to_use_is_backed_at_once() {
+        let (to, _) = services(Works);
+        let cases = [
+            (1, Visibility::Private, 0),
+            (16, Visibility::Private, 1),
+            (16, Visibility::Shared, 0),
+            (513, Visibility::Private, 0),
+        ];
+        for (pages, side, times) in cases {
+            let mut vcpu = Script(Scripted::Convert(0x1000, pages, side, [0; 8]), vec![]);
+            let _ = step(&mut vcpu, &mut Memory::default(), &to).unwrap();
+            assert_eq!(vcpu.1.len(), times, "{pages} pages to {side:?}");
+        }
+    }
+
+    #[test]
     fn a_host_that_cannot_convert_ends_the_vm() {
         let (to, _) = services(HostFails);
         let (flow, _) = once(Scripted::Convert(0x1000, 1, Visibility::Private, [0; 8]), &to);
@@ -457,7 +507,7 @@ mod tests {
     #[test]
     fn the_same_fault_again_and_again_ends_the_vm() {
         let (to, _) = services(Works);
-        let mut vcpu = Script(Scripted::WrongSide(0x2000, Visibility::Shared));
+        let mut vcpu = Script(Scripted::WrongSide(0x2000, Visibility::Shared), vec![]);
         let mut memory = Memory::default();
         let mut turns = 0;
         let end = loop {

@@ -4,8 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use arch::addr::{Gpa, PAGE_SIZE, PageRange};
 use arch::kvm::system::Host;
+use arch::kvm::vcpu::Vcpu;
 use devices::power::PowerEvent;
+use shim::layout;
 use shim::reason::Reason;
 
 use super::build::Ground;
@@ -21,7 +24,7 @@ use crate::platform;
 use crate::signals::{Ask, Signals};
 use crate::spec::{Parts, PlatformSpec};
 use crate::staging::{Content, Staging};
-use crate::vcpu::{Services, VcpuEnd};
+use crate::vcpu::{Enter, Services, VcpuEnd};
 
 /// What outlives one life of the machine.
 pub(super) struct World<'a> {
@@ -52,8 +55,11 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         protected: launched.digest().is_some(),
     });
     let staging = stage(world, &ground)?;
-    if let Some(boot) = vcpus.first() {
+    if let Some(boot) = vcpus.first_mut() {
         staging.fill(boot);
+        if platform.private_memory() {
+            back_payload(world, &ground, boot);
+        }
     }
 
     let inbox = Inbox::new().map_err(RunError::host("making the main thread's inbox"))?;
@@ -70,6 +76,7 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         ports,
         mmio,
         ram: Arc::clone(&ground.ram),
+        private_backing: platform.private_memory(),
         platform: sealed,
     };
     let addresses = (0..parts.cpus)
@@ -121,6 +128,23 @@ fn stage(world: &World<'_>, ground: &Ground) -> Result<Staging, RunError> {
         ram: ground.ram.ranges().to_vec(),
     };
     Staging::place(Arc::clone(&ground.vm), content).map_err(RunError::host("staging kernel and initrd"))
+}
+
+/// Backs the private memory into which the shim copies kernel and initrd, so that it does not fault page by page.
+fn back_payload(world: &World<'_>, ground: &Ground, boot: &mut Vcpu) {
+    let payload = &world.parts.payload;
+    let kernel = u64::from(payload.header.init_bytes).max(payload.kernel.bytes);
+    let initrd = payload.initrd.as_ref().map_or(0, |file| file.bytes);
+    let low_end = ground.ram.ranges().first().map_or(0, |low| low.end().0);
+    let initrd_start = low_end.saturating_sub(initrd) & !layout::UNIT.wrapping_sub(1);
+    for (start, bytes) in [
+        (layout::KERNEL, kernel),
+        (initrd_start, low_end.saturating_sub(initrd_start)),
+    ] {
+        if let Ok(range) = PageRange::new(Gpa(start), bytes.next_multiple_of(PAGE_SIZE)) {
+            boot.populate(range);
+        }
+    }
 }
 
 /// Where the main thread works through its notes.
