@@ -138,8 +138,6 @@ pub enum PlatformFlow {
     Resume,
     /// Let KVM finish what the exit interrupted without running the guest, then drop this and go on.
     Finish(Box<dyn Send>),
-    /// The guest wants its machine reset.
-    Reset,
     /// The guest ended itself; the reason in words, safe to print.
     Terminated(String),
 }
@@ -149,7 +147,6 @@ impl std::fmt::Debug for PlatformFlow {
         match self {
             Self::Resume => f.write_str("Resume"),
             Self::Finish(_) => f.write_str("Finish"),
-            Self::Reset => f.write_str("Reset"),
             Self::Terminated(why) => f.debug_tuple("Terminated").field(why).finish(),
         }
     }

@@ -4,12 +4,11 @@
 
 use crate::bytes::get;
 use crate::bzimage::{ENTRY_OFFSET, HEADER_END, Kernel};
-use crate::config::{CONFIG_LEN, Config, FLAG_LAZY_ACCEPT};
+use crate::config::{CMDLINE_MAX, CONFIG_LEN, Config, FLAG_LAZY_ACCEPT};
 use crate::descriptor::{DESCRIPTOR_LEN, Descriptor, Staged};
 use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, STAGING, UNIT};
 use crate::plan::Plan;
 use crate::reason::Reason;
-use crate::reset::{self, RESET_PAGE};
 use crate::sha256::{Compress, Sha256};
 use crate::zero_page::Links;
 use crate::{acpi, efi, snp, unaccepted, zero_page};
@@ -31,6 +30,11 @@ const UNACCEPTED: u64 = HANDOVER + 0x2_0000;
 const UNACCEPTED_LEN: u64 = 0x1_0000;
 /// How much is copied and then hashed while it is in the cache.
 const BLOCK: u64 = 0x1_0000;
+
+/// Added to the owner's command line where it fits: this machine has EFI tables at most, never EFI services. A
+/// stock kernel that is not told restarts by EFI, because hardware-reduced ACPI makes it prefer that (Linux,
+/// arch/x86/kernel/reboot.c), and hangs; and it warns of the missing services.
+const NO_RUNTIME: &[u8] = b" efi=noruntime";
 
 /// What the shim runs on.
 pub trait Machine {
@@ -89,11 +93,10 @@ pub struct Entry {
 /// The [`Reason`] for which the machine must be stopped.
 pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN]) -> Result<Entry, Reason> {
     let config = Config::decode(config).map_err(|_| Reason::BadConfig)?;
-    for range in [0..LOW_HOLE, RESET_PAGE..RESET_PAGE + PAGE, FREE..LOW_END] {
+    for range in [0..LOW_HOLE, FREE..LOW_END] {
         machine.validate(&range)?;
         machine.wipe(&range);
     }
-    reset::write(machine.memory(RESET_PAGE, PAGE)?, mode)?;
     let plan = Plan::new(&config, &fetch_descriptor(machine)?)?;
     unaccepted::create(machine.memory(UNACCEPTED, UNACCEPTED_LEN)?, &plan.ram)?;
     let mut header = [0; HEADER_END];
@@ -103,8 +106,13 @@ pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN
         accept_rest(machine)?;
     }
     acpi::write(machine.memory(ACPI, ACPI_LEN)?, ACPI, plan.vcpus)?;
+    let more = if config.cmdline.len().saturating_add(NO_RUNTIME.len()) <= CMDLINE_MAX {
+        NO_RUNTIME
+    } else {
+        &[]
+    };
     let cmdline = machine.memory(CMDLINE, PAGE)?;
-    for (to, from) in cmdline.iter_mut().zip(config.cmdline) {
+    for (to, from) in cmdline.iter_mut().zip(config.cmdline.iter().chain(more)) {
         *to = *from;
     }
     let setup_data = if mode == Mode::Snp {

@@ -180,7 +180,8 @@ fn a_good_machine_boots_with_everything_in_place() {
         assert_eq!(fake.ram[initrd..initrd + case.initrd.len()], case.initrd);
         assert_eq!(get_u32(page, 0x21c), u32::try_from(case.initrd.len()).ok());
         let cmdline = index(get_u32(page, 0x228).unwrap().into());
-        assert_eq!(&fake.ram[cmdline..cmdline + 14], b"console=ttyS0\0");
+        let words = b"console=ttyS0 efi=noruntime\0";
+        assert_eq!(&fake.ram[cmdline..cmdline + words.len()], words);
         let (link, efi) = (get_u64(page, 0x250), &page[0x1c0..0x1c4]);
         match mode {
             Mode::Soft => assert_eq!((link, efi), (Some(0), &[0; 4][..])),

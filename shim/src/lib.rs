@@ -19,7 +19,6 @@ pub mod efi;
 pub mod layout;
 pub mod plan;
 pub mod reason;
-pub mod reset;
 pub mod sha256;
 pub mod snp;
 pub mod tables;

@@ -46,8 +46,6 @@ pub enum Reason {
     DoubleValidation,
     /// The shim hit a bug of its own.
     Bug,
-    /// Not the shim's own: the kernel restarts the machine through the reset vector.
-    Reset,
     /// A processor exception, by vector (0 to 31).
     Exception(u8),
 }
@@ -58,8 +56,7 @@ const EXCEPTION: u8 = 0x80;
 const VECTORS: u8 = 32;
 
 /// Every reason but exceptions.
-const ALL: [Reason; 21] = [
-    Reason::Reset,
+const ALL: [Reason; 20] = [
     Reason::UnknownMode,
     Reason::BadConfig,
     Reason::BadDescriptor,
@@ -117,7 +114,6 @@ impl Reason {
             Reason::Pvalidate => 0x12,
             Reason::DoubleValidation => 0x13,
             Reason::Bug => 0x14,
-            Reason::Reset => 0x15,
             Reason::Exception(_) => EXCEPTION,
         }
     }
@@ -155,7 +151,6 @@ impl Reason {
             Reason::Pvalidate => "PVALIDATE failed",
             Reason::DoubleValidation => "a page was validated before: the host replayed memory",
             Reason::Bug => "the shim hit a bug of its own",
-            Reason::Reset => "the kernel restarts the machine",
             Reason::Exception(_) => "the shim took a processor exception",
         }
     }
@@ -192,7 +187,7 @@ mod tests {
 
     #[test]
     fn unknown_codes_have_no_reason() {
-        for code in [0, 0x16, 0x7f, 0xa0, 0xff] {
+        for code in [0, 0x15, 0x7f, 0xa0, 0xff] {
             assert_eq!(Reason::from_code(code), None, "{code:#x}");
         }
     }

@@ -14,14 +14,8 @@ const SYSTEM_EVENT_SEV_TERM: u32 = 6;
 /// Code of a termination request in the low 12 bits of the GHCB MSR.
 const MSR_TERMINATE: u64 = 0x100;
 
-/// What reason set 2 of a termination means, which is the measured firmware's own.
-#[derive(Clone, Copy, Debug)]
-pub struct OwnReasons {
-    /// A code in words.
-    pub words: fn(u8) -> Option<String>,
-    /// The code that asks for a reset of the machine.
-    pub reset: u8,
-}
+/// Words for a reason code in the set of the measured firmware; `None` if it is none of its codes.
+pub type OwnReasons = fn(u8) -> Option<String>;
 
 /// How the guest asked to be terminated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,11 +44,6 @@ impl Termination {
         Self::Reason { set: set >> 4, code }
     }
 
-    /// True if the guest wants its machine reset.
-    pub fn is_reset(self, own: OwnReasons) -> bool {
-        matches!(self, Self::Reason { set: 2, code } if code == own.reset)
-    }
-
     /// What it means; `own` knows the codes of set 2.
     pub fn words(self, own: OwnReasons) -> String {
         let Self::Reason { set, code } = self else {
@@ -63,7 +52,7 @@ impl Termination {
         let known = match set {
             0 => GHCB_REASONS.get(usize::from(code)).map(ToString::to_string),
             1 => LINUX_REASONS.get(usize::from(code)).map(ToString::to_string),
-            2 => (own.words)(code),
+            2 => own(code),
             _ => None,
         };
         let by = match set {
@@ -230,10 +219,7 @@ mod tests {
             ),
         ];
         for (data, words) in cases {
-            assert_eq!(
-                Termination::decode(data).words(OwnReasons { words: own, reset: 9 }),
-                words
-            );
+            assert_eq!(Termination::decode(data).words(own), words);
         }
     }
 

@@ -215,9 +215,6 @@ impl Sealed for Guest {
             event: crate::bytes::le32(exit.body, 0).unwrap_or(0),
         };
         match SnpExit::decode(exit) {
-            Some(SnpExit::Terminated(termination)) if termination.is_reset(self.reasons) => {
-                Ok(PlatformFlow::Reset)
-            }
             Some(SnpExit::Terminated(termination)) => {
                 Ok(PlatformFlow::Terminated(termination.words(self.reasons)))
             }

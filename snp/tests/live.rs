@@ -25,7 +25,6 @@ use arch::x86::cpuid::CpuidTable;
 use arch::x86::regs::{BootState, General};
 use snp::commands::{Identity, SevCommands};
 use snp::error::Refusal;
-use snp::exit::OwnReasons;
 use snp::host::{self, Offered, PlatformStatus};
 use snp::id_block::{IdAuth, IdBlock};
 use snp::ioctl::KvmSev;
@@ -153,11 +152,8 @@ fn plan(vcpus: u64) -> LaunchPlan {
 
 /// Launches and returns what the platform says of its end.
 fn launch(machine: &Machine, vcpus: u32, config: LaunchConfig) -> Result<(Measurement, String), String> {
-    let reasons = OwnReasons {
-        words: |code| Some(format!("reason {code}")),
-        reset: 0xff,
-    };
-    let snp = Snp::new(Arc::clone(&machine.sev), config, None, reasons);
+    let words = |code| Some(format!("reason {code}"));
+    let snp = Snp::new(Arc::clone(&machine.sev), config, None, words);
     let (foundation, _gmem) = machine.foundation();
     let vm = Arc::clone(&foundation.vm);
     let told = |error: arch::platform::PlatformError| {

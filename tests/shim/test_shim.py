@@ -36,7 +36,7 @@ class Boots(unittest.TestCase):
         page = machine.read(0x120000, PAGE)
         initrd = machine.read(u(page, 0x218, 4), u(page, 0x21C, 4))
         self.assertEqual(initrd, machine.initrd)
-        self.assertEqual(machine.read(u(page, 0x228, 4), len(machine.cmdline) + 1), machine.cmdline + b"\0")
+        self.assertEqual(machine.read(u(page, 0x228, 4), len(machine.cmdline) + 15), machine.cmdline + b" efi=noruntime\0")
         self.assertEqual(page[0x1F1:0x210], machine.kernel[0x1F1:0x210])
         self.assertEqual(page[0x210], 0xFF)
         return page

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::platform::{LaunchPlan, Platform};
 use shim::reason::Reason;
-use snp::exit::OwnReasons;
 use snp::measure::{self, MeasureError, Measurement};
 use snp::platform::Snp;
 use snp::vmsa::SevFeatures;
@@ -31,15 +30,12 @@ pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
     match spec {
         PlatformSpec::Soft => (Box::new(soft::Soft), Launched::default()),
         PlatformSpec::Snp(spec) => {
-            let reasons = OwnReasons {
-                words: |code| Reason::from_code(code).map(|reason| reason.to_string()),
-                reset: Reason::Reset.code(),
-            };
+            let words = |code| Reason::from_code(code).map(|reason| reason.to_string());
             let snp = Snp::new(
                 Arc::clone(&spec.sev),
                 spec.config.clone(),
                 spec.certs.clone(),
-                reasons,
+                words,
             );
             let launched = Launched(Some(snp.digest()));
             (Box::new(snp), launched)

@@ -66,8 +66,6 @@ pub enum Flow {
     Resume,
     /// The guest triple-faulted.
     Crashed,
-    /// The guest wants its machine reset.
-    Reset,
     /// The guest ended itself; the reason in words.
     Terminated(String),
 }
@@ -184,12 +182,11 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
             Err(ConvertError::Busy) => reply.set(Answer::Retry),
             Err(e @ ConvertError::Host(_)) => return Err(e.into()),
         },
-        Exit::WrongSide { range, wants } => wrong_side(range, wants, memory, to)?,
+        Exit::WrongSide { range, wants } => return wrong_side(range, wants, memory, to).map(Served::Flow),
         Exit::Platform(exit) => {
             return Ok(match to.platform.handle_exit(exit)? {
                 PlatformFlow::Resume => Served::Flow(Flow::Resume),
                 PlatformFlow::Finish(until_done) => Served::Finish(until_done),
-                PlatformFlow::Reset => Served::Flow(Flow::Reset),
                 PlatformFlow::Terminated(why) => Served::Flow(Flow::Terminated(why)),
             });
         }
@@ -217,7 +214,7 @@ fn wrong_side(
     wants: Visibility,
     memory: &mut Memory,
     to: &Services,
-) -> Result<(), VcpuError> {
+) -> Result<Flow, VcpuError> {
     let count = match memory.last_fault {
         Some((last, count)) if last == range => count.saturating_add(1),
         Some(_) | None => 0,
@@ -227,11 +224,14 @@ fn wrong_side(
     }
     memory.last_fault = Some((range, count));
     if to.ram.is_on_side(range, wants) {
-        return Ok(());
+        return Ok(Flow::Resume);
     }
     match to.ram.convert(range, wants) {
-        Ok(()) | Err(ConvertError::Busy) => Ok(()),
-        Err(e) => Err(e.into()),
+        Ok(()) | Err(ConvertError::Busy) => Ok(Flow::Resume),
+        Err(e @ (ConvertError::NotRam { .. } | ConvertError::BadRange(_))) => Ok(Flow::Terminated(format!(
+            "it used memory that it does not have: {e}"
+        ))),
+        Err(e @ ConvertError::Host(_)) => Err(e.into()),
     }
 }
 
@@ -242,8 +242,6 @@ pub enum VcpuEnd {
     Stopped,
     /// The guest triple-faulted.
     Crashed,
-    /// The guest wants its machine reset.
-    Reset,
     /// The guest ended itself; the reason in words.
     Terminated(String),
     /// The vCPU cannot go on.
@@ -264,7 +262,6 @@ pub fn run(vcpu: &mut Vcpu, to: &Services, stop: &AtomicBool) -> VcpuEnd {
         match step(vcpu, &mut memory, to) {
             Ok(Flow::Resume) => {}
             Ok(Flow::Crashed) => return VcpuEnd::Crashed,
-            Ok(Flow::Reset) => return VcpuEnd::Reset,
             Ok(Flow::Terminated(why)) => return VcpuEnd::Terminated(why),
             Err(e) => return VcpuEnd::Failed(e),
         }

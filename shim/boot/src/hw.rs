@@ -14,7 +14,6 @@ use shim::layout::{
     SHIM_RELEASE_STAGING, SHIM_TERMINATE, STAGING, STAGING_END, STAGING_GHCB, UNIT,
 };
 use shim::reason::Reason;
-use shim::reset::RESET_PAGE;
 use shim::sha256::{Compress, Plain, compress_by_instructions};
 use shim::snp::{self, Processor};
 
@@ -186,8 +185,7 @@ fn private(gpa: u64, len: u64) -> Result<(*mut u8, usize), Reason> {
     let end = gpa.checked_add(len).ok_or(Reason::Bug)?;
     let low = gpa >= FREE && end <= LOW_RAM_MAX;
     let high = gpa >= HIGH_RAM && end <= HIGH_RAM_MAX;
-    let vector = gpa == RESET_PAGE && len == PAGE;
-    if low || high || vector {
+    if low || high {
         Ok((pointer(gpa), usize::from_ne_bytes(len.to_ne_bytes())))
     } else {
         Err(Reason::Bug)

@@ -160,9 +160,7 @@ impl Desk<'_> {
         while let Some(note) = self.inbox.take() {
             match note {
                 Note::Power(PowerEvent::Off) => return Ok(Some(Ending::PowerOff)),
-                Note::Power(PowerEvent::Reboot) | Note::VcpuEnded(VcpuEnd::Reset) => {
-                    return Ok(Some(Ending::Reboot));
-                }
+                Note::Power(PowerEvent::Reboot) => return Ok(Some(Ending::Reboot)),
                 Note::Power(PowerEvent::ShimTerminated(code)) => {
                     return Ok(Some(Ending::Terminated(shim_words(code))));
                 }
