@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 RIG = str(ROOT / "scripts/rig")
 CONSOLE_TAIL = 25
+# An L1 that does not answer this often in a row, each time for so many seconds, hangs.
+HUNG_AFTER, PING_SECONDS = 3, 25
+
+
+class L1Hung(Exception):
+    """The emulated host itself stopped; that says nothing about cvmm."""
 
 
 def output(*command, **options):
@@ -65,8 +72,11 @@ class Host:
     def __init__(self, kind, keep=False):
         self.kind, self.keep = kind, keep
         self.name = f"test-{kind}-{os.getpid()}"
+        self.lives = 0
 
     def __enter__(self):
+        self.lives += 1
+        self.name = f"test-{self.kind}-{os.getpid()}-{self.lives}"
         self.files = guest_files()
         binary = os.environ.get("CVMM_BINARY") or output("scripts/build").strip()
         self.binary = binary
@@ -83,7 +93,7 @@ class Host:
         for source, place in places.items():
             options += ["--file", f"{source}:{place}"]
         began = time.monotonic()
-        subprocess.run([RIG, "up", "--name", self.name, "--memory", "6500", *options], check=True)
+        subprocess.run([RIG, "up", "--name", self.name, "--memory", "6500", "--append", "tsc=reliable", *options], check=True)
         print(f"     {self.kind} L1 is up ({time.monotonic() - began:.0f} s)", flush=True)
         return self
 
@@ -93,15 +103,35 @@ class Host:
 
     def shell(self, script, timeout=120, check=True):
         """Runs a shell script in L1; gives exit code and output."""
-        done = subprocess.run(
-            [RIG, "exec", "--name", self.name, "--timeout", str(timeout), "--", "sh", "-c", script],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        command = [RIG, "exec", "--name", self.name, "--timeout", str(timeout), "--", "sh", "-c", script]
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self._watch(running)
+            log.seek(0)
+            text = log.read()
         if check:
-            assert done.returncode == 0, f"`{script}` in L1 ended with {done.returncode}: {done.stdout}{done.stderr}"
-        return done.returncode, done.stdout + done.stderr
+            assert running.returncode == 0, f"`{script}` in L1 ended with {running.returncode}: {text}"
+        return running.returncode, text
+
+    def _watch(self, running):
+        """Waits for a command in L1, and notices when L1 stops answering."""
+        silent = 0
+        while True:
+            try:
+                running.wait(PING_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+            ping = [RIG, "exec", "--name", self.name, "--timeout", str(PING_SECONDS), "--", "true"]
+            try:
+                alive = subprocess.run(ping, capture_output=True, timeout=2 * PING_SECONDS).returncode == 0
+            except subprocess.TimeoutExpired:
+                alive = False
+            silent = 0 if alive else silent + 1
+            if silent == HUNG_AFTER:
+                running.kill()
+                running.wait()
+                raise L1Hung(f"the {self.kind} L1 stopped answering")
 
     def run_tests(self, package, name):
         """Builds a test program of the workspace statically and runs it in L1; nothing in it may be skipped."""

@@ -15,9 +15,32 @@ sys.dont_write_bytecode = True
 
 import snp  # noqa: E402
 import soft  # noqa: E402
-from host import Host  # noqa: E402
+from host import Host, L1Hung  # noqa: E402
 
 SUITES = [("plain", soft.TESTS), ("snp", snp.TESTS)]
+
+
+def run_one(name, test, host):
+    """Runs one test; again, once, on a new L1 if the emulated host hangs, and says so."""
+    for attempt in (1, 2):
+        began = time.monotonic()
+        took = lambda: f"{time.monotonic() - began:.0f} s"  # noqa: B023, E731
+        try:
+            note = test(host) or ""
+        except L1Hung as hung:
+            print(f"     {name}: {hung} after {took()}; attempt {attempt} of 2", flush=True)
+            host.__exit__()
+            host.__enter__()
+        except Exception as error:  # a test may fail in any way; the others go on
+            print(f"FAIL {name} ({took()}): {error}", flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            return False
+        else:
+            print(f"ok   {name} ({took()}) {note}", flush=True)
+            return True
+    print(f"FAIL {name}: L1 hung twice", flush=True)
+    return False
 
 
 def main():
@@ -38,20 +61,16 @@ def main():
         wanted = [t for t in tests if not options.names or f"{kind}:{t.__name__}" in options.names]
         if not wanted:
             continue
-        with Host(kind, keep=options.keep) as host:
+        host = Host(kind, keep=options.keep)
+        host.__enter__()
+        try:
             for test in wanted:
-                name = f"{kind}:{test.__name__}"
-                began = time.monotonic()
-                try:
-                    note = test(host) or ""
-                except Exception as error:  # a test may fail in any way; the others go on
-                    failed.append(name)
-                    print(f"FAIL {name} ({time.monotonic() - began:.0f} s): {error}", flush=True)
-                    if not isinstance(error, AssertionError):
-                        traceback.print_exc()
-                else:
+                if run_one(f"{kind}:{test.__name__}", test, host):
                     passed += 1
-                    print(f"ok   {name} ({time.monotonic() - began:.0f} s) {note}", flush=True)
+                else:
+                    failed.append(f"{kind}:{test.__name__}")
+        finally:
+            host.__exit__()
     if failed:
         print("failed:", ", ".join(failed))
     print(f"{passed} passed, {len(failed)} failed")
