@@ -147,11 +147,11 @@ class Host:
         assert code == 0 and "SKIP" not in text, text[-2000:]
         return re.search(r"test result: .*?;", text).group(0)
 
-    def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, kernel=None, **env):
+    def guest(self, *arguments, run="", cmdline="", flavour="cloud", timeout=240, extra="", net=False, kernel=None, initrd=None, **env):
         """Runs one guest to its end, by guest.sh, with whatever the tests in `run` need on the host's side."""
         words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()
         command = [
-            "--kernel", kernel or f"/root/{flavour}-kernel", "--initrd", f"/root/{flavour}-initrd", "--cmdline", words,
+            "--kernel", kernel or f"/root/{flavour}-kernel", "--initrd", initrd or f"/root/{flavour}-initrd", "--cmdline", words,
             "--platform", "snp" if self.kind == "snp" else "soft", "--console", "file=/root/console",
             *arguments,
         ]  # fmt: skip

@@ -119,9 +119,25 @@ def firmware_refuses_what_the_owner_did_not_sign(host):
     identity = ["--id-block", "/root/id-block", "--id-auth", "/root/id-auth"]
     good = host.guest(*identity, run="smp", timeout=300)
     good.passed("smp")
-    bad = host.guest(*identity, run="smp", cmdline="init=/bin/sh", timeout=120)
-    assert bad.code == 22, (bad.code, bad.stderr)
-    assert "digest" in bad.stderr.lower() or "measurement" in bad.stderr.lower(), bad.stderr
+    tampered = {
+        "command line": host.guest(*identity, run="smp", cmdline="init=/bin/sh", timeout=120),
+        "vCPU count": host.guest(*identity, "--cpus", "2", run="smp", timeout=120),
+        "kernel": host.guest(*identity, run="smp", kernel="/root/amd64-kernel", timeout=120),
+        "initrd": host.guest(*identity, run="smp", initrd="/root/amd64-initrd", timeout=120),
+    }
+    for what, bad in tampered.items():
+        assert bad.code == 22, (what, bad.code, bad.stderr)
+        assert "digest" in bad.stderr.lower() or "measurement" in bad.stderr.lower(), (what, bad.stderr)
+
+
+def killed_launches_leak_no_asid(host):
+    """Forty launches, each killed half-way, on a host with 32 ASIDs; then a guest still starts."""
+    host.shell(
+        "cd /root; for i in $(seq 40); do ./cvmm run --platform snp --kernel cloud-kernel --initrd cloud-initrd "
+        "--cmdline x --console none >/dev/null 2>&1 & usleep $((i * 20000)); kill -9 $!; wait $! 2>/dev/null; done; true",
+        300,
+    )
+    host.guest(run="smp", timeout=200).passed("smp")
 
 
 def the_shim_refuses_a_kernel_that_changes(host):
@@ -177,6 +193,7 @@ TESTS = [
     firmware_refuses_what_the_owner_did_not_sign,
     the_shim_refuses_a_kernel_that_changes,
     memory_is_paid_for_once,
+    killed_launches_leak_no_asid,
     a_host_without_snp_says_what_is_missing,
     four_vcpus,
 ]
