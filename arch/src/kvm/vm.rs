@@ -179,16 +179,6 @@ impl Vm {
             .register_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
     }
 
-    /// Undoes [`connect_kick`](Self::connect_kick).
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn disconnect_kick(&self, at: Gpa, kick: &EventFd) -> io::Result<()> {
-        Ok(self
-            .fd
-            .unregister_ioevent(kick, &IoEventAddress::Mmio(at.0), NoDatamatch)?)
-    }
-
     /// Makes writes to `event` raise interrupt line `gsi`; what that means is up to [`route`](Self::route).
     ///
     /// # Errors
