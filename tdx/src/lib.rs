@@ -1,0 +1,3 @@
+//! Everything that only Intel TDX needs. Pure but for `ioctl`, and in sight of `arch` alone: `vmm` decides,
+//! this crate knows what the TDX module and KVM demand and what the guest's owner can check.
+#![deny(unsafe_code)]
