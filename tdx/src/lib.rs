@@ -1,3 +1,7 @@
 //! Everything that only Intel TDX needs. Pure but for `ioctl`, and in sight of `arch` alone: `vmm` decides,
 //! this crate knows what the TDX module and KVM demand and what the guest's owner can check.
 #![deny(unsafe_code)]
+
+pub mod commands;
+pub mod error;
+pub mod ioctl;
