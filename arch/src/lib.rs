@@ -11,4 +11,5 @@ pub mod mem;
 pub mod platform;
 pub mod poll;
 pub mod tap;
+pub mod vsock;
 pub mod x86;

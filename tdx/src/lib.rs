@@ -2,6 +2,9 @@
 //! this crate knows what the TDX module and KVM demand and what the guest's owner can check.
 #![deny(unsafe_code)]
 
+mod bytes;
 pub mod commands;
 pub mod error;
+pub mod get_quote;
 pub mod ioctl;
+pub mod qgs;

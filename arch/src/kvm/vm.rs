@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::{
     KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
     KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_memory_attributes, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    kvm_memory_attributes, kvm_msi, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
@@ -39,6 +39,28 @@ pub struct MsiMessage {
     pub address: u64,
     /// Message data.
     pub data: u32,
+}
+
+/// Where x86 messages go (Intel SDM, volume 3, "Message Address Register Format").
+const MSI_BASE: u64 = 0xfee0_0000;
+
+impl MsiMessage {
+    /// `vector`, edge-triggered and fixed, to the vCPU with this APIC id. KVM takes the id's bits above 8 in the upper
+    /// half of the address (`KVM_CAP_X2APIC_API`).
+    pub fn to_vcpu(apic_id: u32, vector: u8) -> Self {
+        let low = u64::from(apic_id & 0xff) << 12;
+        let high = u64::from(apic_id & !0xff) << 32;
+        Self {
+            address: MSI_BASE | low | high,
+            data: u32::from(vector),
+        }
+    }
+
+    /// The lower and upper half of the address.
+    fn address_words(self) -> [u32; 2] {
+        let [a, b, c, d, e, f, g, h] = self.address.to_le_bytes();
+        [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    }
 }
 
 /// Attribute calls cover at most this much, because the kernel works through a range uninterruptibly.
@@ -209,6 +231,21 @@ impl Vm {
         Ok(self.fd.set_gsi_routing(&table)?)
     }
 
+    /// Sends `message` at once, as a device without an interrupt line would (`KVM_SIGNAL_MSI`).
+    ///
+    /// # Errors
+    /// The kernel's; `EINVAL` for a message that no local APIC can take.
+    pub fn signal(&self, message: MsiMessage) -> io::Result<()> {
+        let [address_lo, address_hi] = message.address_words();
+        self.fd.signal_msi(kvm_msi {
+            address_lo,
+            address_hi,
+            data: message.data,
+            ..Default::default()
+        })?;
+        Ok(())
+    }
+
     /// Creates the vCPU with this index; its APIC id is the same number.
     ///
     /// # Errors
@@ -235,9 +272,24 @@ fn routing_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
         type_: KVM_IRQ_ROUTING_MSI,
         ..Default::default()
     };
-    let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
-    entry.u.msi.address_lo = u32::from_le_bytes([a, b, c, d]);
-    entry.u.msi.address_hi = u32::from_le_bytes([e, f, g, h]);
+    [entry.u.msi.address_lo, entry.u.msi.address_hi] = message.address_words();
     entry.u.msi.data = message.data;
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_their_vcpu_with_all_32_bits() {
+        let cases = [
+            (0, 0x20, 0xfee0_0000, 0x20),
+            (3, 0xff, 0xfee0_3000, 0xff),
+            (0x1fe, 0x41, 0x0000_0100_feef_e000, 0x41),
+        ];
+        for (apic_id, vector, address, data) in cases {
+            assert_eq!(MsiMessage::to_vcpu(apic_id, vector), MsiMessage { address, data });
+        }
+    }
 }
