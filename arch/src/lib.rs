@@ -7,6 +7,7 @@ pub mod exit;
 pub mod host;
 pub mod iov;
 pub mod kvm;
+pub mod measurement;
 pub mod mem;
 pub mod platform;
 pub mod poll;

@@ -28,24 +28,3 @@ pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
         *slot = *byte;
     }
 }
-
-/// Writes `bytes` as lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8], f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-}
-
-/// Reads exactly `N` bytes of hexadecimal, either case.
-pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits: Vec<u8> = text
-        .chars()
-        .map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok()))
-        .collect::<Option<_>>()?;
-    let bytes: Vec<u8> = digits
-        .chunks_exact(2)
-        .map(|pair| pair.iter().fold(0, |sum, d| sum << 4 | d))
-        .collect();
-    if !digits.len().is_multiple_of(2) {
-        return None;
-    }
-    bytes.try_into().ok()
-}

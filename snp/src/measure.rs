@@ -4,14 +4,12 @@
 //! What enters: page type, address and order of every page, contents of measured pages and of one VMSA page per
 //! vCPU. What does not: policy, ID block and HOST_DATA, which the attestation report states by themselves.
 
-use std::fmt;
-use std::str::FromStr;
-
 use arch::addr::{Gpa, PAGE_SIZE, PageRange};
+pub use arch::measurement::{MeasureError, Measurement, NotADigest};
 use arch::platform::{LaunchPlan, PageKind};
 use ring::digest;
 
-use crate::bytes::{hex, put, unhex};
+use crate::bytes::put;
 use crate::vmsa::{SevFeatures, Vmsa};
 
 /// Bytes of a launch page.
@@ -20,35 +18,6 @@ pub const PAGE: usize = 4096;
 const VMSA_GPA: Gpa = Gpa(0xffff_ffff_f000);
 /// Length of PAGE_INFO, which the structure itself also carries.
 const PAGE_INFO: u8 = 0x70;
-
-/// A launch digest, as in the MEASUREMENT field of a report.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Measurement(pub [u8; 48]);
-
-impl fmt::Display for Measurement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        hex(&self.0, f)
-    }
-}
-
-impl fmt::Debug for Measurement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Measurement({self})")
-    }
-}
-
-/// Text that is not 96 hexadecimal digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a launch digest is 96 hexadecimal digits")]
-pub struct NotADigest;
-
-impl FromStr for Measurement {
-    type Err = NotADigest;
-
-    fn from_str(text: &str) -> Result<Self, NotADigest> {
-        unhex(text.trim()).map(Self).ok_or(NotADigest)
-    }
-}
 
 /// Page types of PAGE_INFO and of `KVM_SEV_SNP_LAUNCH_UPDATE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,21 +61,6 @@ impl From<PageKind> for PageType {
             PageKind::Cpuid => Self::Cpuid,
         }
     }
-}
-
-/// A plan that cannot be folded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MeasureError {
-    /// A measured range whose contents do not fill it.
-    #[error("the measured range at {:#x} has {want} bytes but {got} bytes of contents", gpa.0)]
-    WrongLength {
-        /// Start of the range.
-        gpa: Gpa,
-        /// Bytes in the range.
-        want: u64,
-        /// Bytes given.
-        got: u64,
-    },
 }
 
 /// SHA-384 of `bytes`.
@@ -324,22 +278,5 @@ mod tests {
             error.to_string(),
             "the measured range at 0x8000 has 8192 bytes but 4096 bytes of contents"
         );
-    }
-
-    #[test]
-    fn digests_are_read_as_they_are_printed() {
-        let digest = Measurement(sha384(b"x"));
-        assert_eq!(digest.to_string().parse(), Ok(digest));
-        for bad in [
-            "",
-            "12",
-            "zz",
-            &"0".repeat(95),
-            &"0".repeat(97),
-            &"0".repeat(98),
-            &"é".repeat(48),
-        ] {
-            assert_eq!(bad.parse::<Measurement>(), Err(NotADigest), "{bad}");
-        }
     }
 }

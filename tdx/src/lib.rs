@@ -7,4 +7,6 @@ pub mod commands;
 pub mod error;
 pub mod get_quote;
 pub mod ioctl;
+pub mod measure;
 pub mod qgs;
+pub mod rtmr;

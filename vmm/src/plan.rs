@@ -23,6 +23,11 @@ pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
 /// [`layout::PAGE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
 
+/// The page of the reset vector, which every processor of a TD executes first.
+const RESET_PAGE: u64 = 0xffff_f000;
+/// Its contents.
+const RESET_PAGE_V1: [u8; PAGE_LEN] = [0; PAGE_LEN];
+
 /// How the shim is entered; decides about the C-bit and the pages only one platform has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -30,6 +35,8 @@ pub enum Mode {
     Soft,
     /// AMD SEV-SNP.
     Snp,
+    /// Intel TDX.
+    Tdx,
 }
 
 /// Where 2 MiB page tables go on hosts that offer no 1 GiB pages: RAM that the shim does not use.
@@ -141,10 +148,9 @@ impl Payload {
 /// See [`PlanError`].
 pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan, PlanError> {
     let config = Config {
-        flags: if mode == Mode::Snp {
-            shim::config::FLAG_LAZY_ACCEPT
-        } else {
-            0
+        flags: match mode {
+            Mode::Soft => 0,
+            Mode::Snp | Mode::Tdx => shim::config::FLAG_LAZY_ACCEPT,
         },
         kernel: payload.kernel,
         initrd: payload.initrd,
@@ -160,7 +166,7 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
             "boot page tables",
             layout::TABLES,
             PageKind::Measured,
-            shim::tables::encode(mode == Mode::Snp).to_vec(),
+            tables(mode),
         )?,
         page(
             "CONFIG",
@@ -169,18 +175,31 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
             config.encode()?.to_vec(),
         )?,
     ];
-    if mode == Mode::Snp {
-        pages.push(empty(
-            "SECRETS",
-            layout::SECRETS,
-            layout::PAGE,
-            PageKind::Secrets,
-        )?);
-        pages.push(empty("CPUID", layout::CPUID, layout::PAGE, PageKind::Cpuid)?);
+    let one = |name, at, kind| empty(name, at, layout::PAGE, kind);
+    match mode {
+        Mode::Soft => {}
+        Mode::Snp => {
+            pages.push(one("SECRETS", layout::SECRETS, PageKind::Secrets)?);
+            pages.push(one("CPUID", layout::CPUID, PageKind::Cpuid)?);
+        }
+        Mode::Tdx => pages.push(one("mailbox", layout::MAILBOX, PageKind::Zero)?),
     }
     pages.push(empty("stack", layout::STACK, layout::STACK_LEN, PageKind::Zero)?);
+    if mode == Mode::Tdx {
+        let bytes = RESET_PAGE_V1.to_vec();
+        pages.push(page("reset vector", RESET_PAGE, PageKind::Measured, bytes)?);
+    }
     let vcpus = (0..cpus).map(|index| boot_state(mode, index)).collect();
     Ok(LaunchPlan { pages, vcpus })
+}
+
+fn tables(mode: Mode) -> Vec<u8> {
+    let mut pages = shim::tables::encode(mode == Mode::Snp).to_vec();
+    if mode == Mode::Tdx {
+        let shared = pages.as_chunks_mut::<8>().0.iter_mut().skip(512 + 448);
+        shared.for_each(|entry| *entry = (u64::from_le_bytes(*entry) | 1 << 47).to_le_bytes());
+    }
+    pages
 }
 
 fn page(name: &'static str, at: u64, kind: PageKind, bytes: Vec<u8>) -> Result<LaunchPage, BadRange> {
@@ -235,10 +254,13 @@ pub fn without_gib_pages(plan: &mut LaunchPlan) -> Result<(), BadRange> {
     Ok(())
 }
 
+/// A TD has no say in its registers: the TDX module starts every vCPU at the reset vector, and measures none. What
+/// this returns there has the length of the list as its only use.
 fn boot_state(mode: Mode, index: u32) -> BootState {
     let (word, c_bit) = match mode {
         Mode::Soft => (layout::MODE_SOFT, 0),
         Mode::Snp => (layout::MODE_SNP, layout::C_BIT),
+        Mode::Tdx => (layout::MODE_TDX, 0),
     };
     let general = if index == 0 {
         General {
