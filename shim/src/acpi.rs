@@ -2,9 +2,11 @@
 
 use crate::bytes::put;
 use crate::layout::{
-    ECAM, LAPIC, PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE, S5_SLEEP_TYPE,
+    AP_RESET_VECTOR, ECAM, LAPIC, MAILBOX, PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE,
+    S5_SLEEP_TYPE,
 };
 use crate::reason::Reason;
+use core::ops::Range;
 
 /// Compiled from `dsdt.asl`.
 const DSDT: &[u8] = include_bytes!("dsdt.aml");
@@ -15,9 +17,9 @@ const RSDP_LEN: usize = 36;
 const RSDP_V1_LEN: usize = 20;
 const FADT_LEN: usize = 276;
 const MADT_FIXED_LEN: usize = 8;
+const WAKEUP_LEN: usize = 24;
 const MCFG_LEN: usize = 60;
-/// Tables that the XSDT lists.
-const LISTED: usize = 3;
+const CCEL_LEN: usize = 56;
 /// APIC ids from here on need an x2APIC entry.
 const X2APIC_FROM: u32 = 255;
 /// Table alignment.
@@ -37,24 +39,34 @@ struct Area<'a> {
 }
 
 /// Writes all tables for `vcpus` processors to `area`, which lies at `base` and is zero; the RSDP comes
-/// first, so `base` is its address.
+/// first, so `base` is its address. A TD has a log of measurements, at `log`, and a mailbox to wake processors.
 ///
 /// # Errors
 /// [`Reason::TablesFull`] when `area` is too short.
-pub fn write(area: &mut [u8], base: u64, vcpus: u32) -> Result<(), Reason> {
+pub fn write(area: &mut [u8], base: u64, vcpus: u32, log: Option<Range<u64>>) -> Result<(), Reason> {
     let mut area = Area {
         bytes: area,
         base,
         used: RSDP_LEN.next_multiple_of(ALIGN),
     };
-    write_all(&mut area, vcpus).ok_or(Reason::TablesFull)
+    write_all(&mut area, vcpus, log).ok_or(Reason::TablesFull)
 }
 
-fn write_all(area: &mut Area<'_>, vcpus: u32) -> Option<()> {
+fn write_all(area: &mut Area<'_>, vcpus: u32, log: Option<Range<u64>>) -> Option<()> {
     let dsdt = area.reserve(DSDT.len())?;
     put(area.bytes, dsdt.at, DSDT)?;
-    let listed = [area.fadt(dsdt.gpa)?, area.madt(vcpus)?, area.mcfg()?];
-    let xsdt = area.table(*b"XSDT", 1, HEADER_LEN.checked_add(LISTED.checked_mul(8)?)?)?;
+    let listed = [
+        area.fadt(dsdt.gpa)?,
+        area.madt(vcpus, log.is_some())?,
+        area.mcfg()?,
+    ];
+    let ccel = match log {
+        Some(log) => Some(area.ccel(&log)?),
+        None => None,
+    };
+    let listed = listed.into_iter().chain(ccel);
+    let body = listed.clone().count().checked_mul(8)?;
+    let xsdt = area.table(*b"XSDT", 1, HEADER_LEN.checked_add(body)?)?;
     for (slot, gpa) in (xsdt.at.checked_add(HEADER_LEN)?..).step_by(8).zip(listed) {
         put(area.bytes, slot, &gpa.to_le_bytes())?;
     }
@@ -134,14 +146,20 @@ impl Area<'_> {
         Some(table.gpa)
     }
 
-    /// ACPI 6.5, "Multiple APIC Description Table (MADT)": one enabled processor per vCPU, no I/O APIC.
-    fn madt(&mut self, vcpus: u32) -> Option<u64> {
+    /// ACPI 6.5, "Multiple APIC Description Table (MADT)": one enabled processor per vCPU, no I/O APIC; and in
+    /// a TD ACPI 6.6, "Multiprocessor Wakeup Structure", version 1.
+    fn madt(&mut self, vcpus: u32, mailbox: bool) -> Option<u64> {
         let small = usize::try_from(vcpus.min(X2APIC_FROM)).ok()?.checked_mul(8)?;
         let large = usize::try_from(vcpus.saturating_sub(X2APIC_FROM))
             .ok()?
             .checked_mul(16)?;
         let fixed = HEADER_LEN.checked_add(MADT_FIXED_LEN)?;
-        let table = self.table(*b"APIC", 5, fixed.checked_add(small)?.checked_add(large)?)?;
+        let wakeup = if mailbox { WAKEUP_LEN } else { 0 };
+        let len = fixed
+            .checked_add(small)?
+            .checked_add(large)?
+            .checked_add(wakeup)?;
+        let table = self.table(*b"APIC", 5, len)?;
         self.set(&table, HEADER_LEN, &u32::try_from(LAPIC).ok()?.to_le_bytes())?;
         let mut offset = fixed;
         for id in 0..vcpus {
@@ -157,6 +175,21 @@ impl Area<'_> {
                 offset = offset.checked_add(16)?;
             }
         }
+        if mailbox {
+            self.set(&table, offset, &[0x10, 24, 1, 0])?;
+            self.set(&table, offset.checked_add(8)?, &MAILBOX.to_le_bytes())?;
+            self.set(&table, offset.checked_add(16)?, &AP_RESET_VECTOR.to_le_bytes())?;
+        }
+        self.seal(&table)?;
+        Some(table.gpa)
+    }
+
+    /// ACPI 6.6, "CC Event Log ACPI Table (CCEL)": type 2 is TDX.
+    fn ccel(&mut self, log: &Range<u64>) -> Option<u64> {
+        let table = self.table(*b"CCEL", 1, CCEL_LEN)?;
+        self.set(&table, HEADER_LEN, &[2])?;
+        self.set(&table, 40, &log.end.checked_sub(log.start)?.to_le_bytes())?;
+        self.set(&table, 48, &log.start.to_le_bytes())?;
         self.seal(&table)?;
         Some(table.gpa)
     }
@@ -190,8 +223,12 @@ mod tests {
     const BASE: u64 = 0x13_0000;
 
     fn tables(vcpus: u32) -> BTreeMap<[u8; 4], Vec<u8>> {
+        tables_with(vcpus, None)
+    }
+
+    fn tables_with(vcpus: u32, log: Option<Range<u64>>) -> BTreeMap<[u8; 4], Vec<u8>> {
         let mut area = std::vec![0; 0x1_0000];
-        write(&mut area, BASE, vcpus).unwrap();
+        write(&mut area, BASE, vcpus, log).unwrap();
         let at = |gpa: u64| usize::try_from(gpa - BASE).unwrap();
         let table = |gpa: u64| {
             let start = at(gpa);
@@ -252,7 +289,26 @@ mod tests {
     }
 
     #[test]
+    fn a_td_has_a_mailbox_and_a_log() {
+        let tables = tables_with(1024, Some(0x12_4000..0x12_5000));
+        let (madt, ccel) = (&tables[b"APIC"], &tables[b"CCEL"]);
+        let wakeup = madt.len() - 24;
+        assert_eq!(wakeup, 44 + 8 * 255 + 16 * 769);
+        assert_eq!(madt[wakeup..wakeup + 8], [0x10, 24, 1, 0, 0, 0, 0, 0]);
+        assert_eq!(
+            [8, 16].map(|at| get_u64(madt, wakeup + at)),
+            [0x10_f000, 0xffff_f000].map(Some)
+        );
+        assert_eq!(ccel.len(), 56);
+        assert_eq!(ccel[36..40], [2, 0, 0, 0]);
+        assert_eq!(
+            [40, 48].map(|at| get_u64(ccel, at)),
+            [0x1000, 0x12_4000].map(Some)
+        );
+    }
+
+    #[test]
     fn an_area_that_is_too_short_is_refused() {
-        assert_eq!(write(&mut [0; 512], BASE, 1), Err(Reason::TablesFull));
+        assert_eq!(write(&mut [0; 512], BASE, 1, None), Err(Reason::TablesFull));
     }
 }

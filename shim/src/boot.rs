@@ -6,12 +6,13 @@ use crate::bytes::get;
 use crate::bzimage::{ENTRY_OFFSET, HEADER_END, Kernel};
 use crate::config::{CMDLINE_MAX, CONFIG_LEN, Config, FLAG_LAZY_ACCEPT};
 use crate::descriptor::{DESCRIPTOR_LEN, Descriptor, Staged};
-use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, STAGING, UNIT};
+use crate::layout::{FREE, HANDOVER, KERNEL, LOW_END, LOW_HOLE, PAGE, SECRETS, STACK, STAGING, TEXT, UNIT};
 use crate::plan::Plan;
 use crate::reason::Reason;
 use crate::sha256::{Compress, Sha256};
+use crate::sha384::Digest;
 use crate::zero_page::Links;
-use crate::{acpi, efi, snp, unaccepted, zero_page};
+use crate::{acpi, efi, events, snp, unaccepted, zero_page};
 use core::ops::Range;
 
 /// The zero page.
@@ -22,6 +23,8 @@ const CMDLINE: u64 = HANDOVER + PAGE;
 const CC_BLOB: u64 = HANDOVER + 2 * PAGE;
 /// EFI system table and memory map, one page.
 const EFI: u64 = HANDOVER + 3 * PAGE;
+/// Log of measurements, one page.
+const LOG: u64 = HANDOVER + 4 * PAGE;
 /// ACPI tables.
 const ACPI: u64 = HANDOVER + 0x1_0000;
 const ACPI_LEN: u64 = 0x1_0000;
@@ -62,10 +65,16 @@ pub trait Machine {
     /// How to hash on this processor.
     fn compress(&self) -> impl Compress + use<Self>;
 
+    /// Extends the run-time measurement register `register` with `digest`; on TDX alone.
+    ///
+    /// # Errors
+    /// [`Reason::RtmrExtend`], or [`Reason::Bug`] where there are no such registers.
+    fn extend(&mut self, register: u8, digest: &Digest) -> Result<(), Reason>;
+
     /// Tells the host that the staging area is no longer needed; nothing may touch it afterwards.
     ///
     /// # Errors
-    /// [`Reason::Bug`] when the request cannot be made.
+    /// [`Reason::Bug`] when the request cannot be made, [`Reason::TdVmcall`] when a TD's is refused.
     fn release_staging(&mut self) -> Result<(), Reason>;
 }
 
@@ -76,6 +85,8 @@ pub enum Mode {
     Soft,
     /// SEV-SNP.
     Snp,
+    /// TDX.
+    Tdx,
 }
 
 /// Where to go: the kernel's 64-bit entry point.
@@ -91,9 +102,9 @@ pub struct Entry {
 ///
 /// # Errors
 /// The [`Reason`] for which the machine must be stopped.
-pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN]) -> Result<Entry, Reason> {
-    let config = Config::decode(config).map_err(|_| Reason::BadConfig)?;
-    for range in [0..LOW_HOLE, FREE..LOW_END] {
+pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, page: &[u8; CONFIG_LEN]) -> Result<Entry, Reason> {
+    let config = Config::decode(page).map_err(|_| Reason::BadConfig)?;
+    for range in fixed(mode) {
         machine.validate(&range)?;
         machine.wipe(&range);
     }
@@ -105,32 +116,32 @@ pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, config: &[u8; CONFIG_LEN
     if mode == Mode::Soft || config.flags & FLAG_LAZY_ACCEPT == 0 {
         accept_rest(machine)?;
     }
-    acpi::write(machine.memory(ACPI, ACPI_LEN)?, ACPI, plan.vcpus)?;
-    let more = if config.cmdline.len().saturating_add(NO_RUNTIME.len()) <= CMDLINE_MAX {
-        NO_RUNTIME
-    } else {
-        &[]
-    };
-    let cmdline = machine.memory(CMDLINE, PAGE)?;
-    for (to, from) in cmdline.iter_mut().zip(config.cmdline.iter().chain(more)) {
-        *to = *from;
+    if mode == Mode::Tdx {
+        measure(machine, page)?;
     }
-    let setup_data = if mode == Mode::Snp {
-        link_snp(machine, &plan)?
-    } else {
-        0
-    };
+    write_tables(machine, mode, &plan)?;
+    write_cmdline(machine, &config)?;
     let links = Links {
         rsdp: ACPI,
         cmdline: CMDLINE,
-        setup_data,
+        setup_data: write_links(machine, mode, &plan)?,
     };
-    zero_page::write(machine.memory(ZERO_PAGE, PAGE)?, &plan, &kernel, &header, &links)?;
+    let page = machine.memory(ZERO_PAGE, PAGE)?;
+    zero_page::write(page, mode, &plan, &kernel, &header, &links)?;
     machine.release_staging()?;
     Ok(Entry {
         rip: KERNEL.wrapping_add(ENTRY_OFFSET),
         zero_page: ZERO_PAGE,
     })
+}
+
+/// What is validated for the shim itself and its hand-over: all below [`LOW_END`] that the launch did not place,
+/// and that somebody reads. A kernel looks for old tables in all of the first MiB, on SNP excepted.
+fn fixed(mode: Mode) -> [Range<u64>; 3] {
+    match mode {
+        Mode::Soft | Mode::Snp => [0..LOW_HOLE, LOW_HOLE..LOW_HOLE, FREE..LOW_END],
+        Mode::Tdx => [0..TEXT, SECRETS..STACK, FREE..LOW_END],
+    }
 }
 
 /// The descriptor, copied once and then parsed; its place is wiped.
@@ -214,15 +225,48 @@ fn load_initrd<M: Machine>(machine: &mut M, plan: &Plan, config: &Config<'_>) ->
     Ok(())
 }
 
-/// Blob, EFI tables and their links in the zero page; gives the head of the setup data list.
-fn link_snp<M: Machine>(machine: &mut M, plan: &Plan) -> Result<u64, Reason> {
-    let cc = snp::write_cc_blob(machine.memory(CC_BLOB, PAGE)?, CC_BLOB)?;
+/// Extends the run-time measurement registers by the events of CONFIG, and logs them.
+fn measure<M: Machine>(machine: &mut M, page: &[u8; CONFIG_LEN]) -> Result<(), Reason> {
+    let events = events::of(page).map_err(|_| Reason::BadConfig)?;
+    for event in &events {
+        machine.extend(event.register, &event.digest())?;
+    }
+    events::write_log(machine.memory(LOG, PAGE)?, &events)
+}
+
+fn write_tables<M: Machine>(machine: &mut M, mode: Mode, plan: &Plan) -> Result<(), Reason> {
+    let log = (mode == Mode::Tdx).then_some(LOG..LOG.wrapping_add(PAGE));
+    acpi::write(machine.memory(ACPI, ACPI_LEN)?, ACPI, plan.vcpus, log)
+}
+
+fn write_cmdline<M: Machine>(machine: &mut M, config: &Config<'_>) -> Result<(), Reason> {
+    let more = if config.cmdline.len().saturating_add(NO_RUNTIME.len()) <= CMDLINE_MAX {
+        NO_RUNTIME
+    } else {
+        &[]
+    };
+    let cmdline = machine.memory(CMDLINE, PAGE)?;
+    for (to, from) in cmdline.iter_mut().zip(config.cmdline.iter().chain(more)) {
+        *to = *from;
+    }
+    Ok(())
+}
+
+/// Under protection, EFI tables and their link in the zero page, on SNP with the blob; gives the head of the
+/// setup data list.
+fn write_links<M: Machine>(machine: &mut M, mode: Mode, plan: &Plan) -> Result<u64, Reason> {
+    let cc = match mode {
+        Mode::Soft => return Ok(0),
+        Mode::Snp => Some(snp::write_cc_blob(machine.memory(CC_BLOB, PAGE)?, CC_BLOB)?),
+        Mode::Tdx => None,
+    };
     let targets = efi::Targets {
         rsdp: ACPI,
         unaccepted: UNACCEPTED,
-        cc_blob: cc.blob,
+        cc_blob: cc.map(|cc| cc.blob),
     };
-    let tables = efi::write(machine.memory(EFI, PAGE)?, EFI, &plan.ram, &targets)?;
+    let map = zero_page::memory_map(mode, &plan.ram);
+    let tables = efi::write(machine.memory(EFI, PAGE)?, EFI, &map, &targets)?;
     let page = machine.memory(ZERO_PAGE, PAGE)?;
     zero_page::link_efi(
         page,
@@ -231,7 +275,7 @@ fn link_snp<M: Machine>(machine: &mut M, plan: &Plan) -> Result<u64, Reason> {
         tables.map_len,
         efi::MEMORY_ENTRY_LEN,
     )?;
-    Ok(cc.setup_data)
+    Ok(cc.map_or(0, |cc| cc.setup_data))
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ struct Fake {
     validated: Vec<u8>,
     /// A staging byte that the host changes after it was read.
     flip_after_read: Option<usize>,
+    extended: Vec<(u8, Digest)>,
     released: bool,
 }
 
@@ -47,6 +48,7 @@ impl Fake {
             staging,
             validated: std::vec![0; index(RAM / PAGE)],
             flip_after_read: None,
+            extended: Vec::new(),
             released: false,
         }
     }
@@ -92,6 +94,11 @@ impl Machine for Fake {
 
     fn compress(&self) -> impl Compress + use<> {
         Plain
+    }
+
+    fn extend(&mut self, register: u8, digest: &Digest) -> Result<(), Reason> {
+        self.extended.push((register, *digest));
+        Ok(())
     }
 
     fn release_staging(&mut self) -> Result<(), Reason> {
@@ -156,7 +163,7 @@ impl Case {
 
 #[test]
 fn a_good_machine_boots_with_everything_in_place() {
-    for mode in [Mode::Soft, Mode::Snp] {
+    for mode in [Mode::Soft, Mode::Snp, Mode::Tdx] {
         let case = Case::new();
         let mut fake = case.fake();
         let entry = prepare(&mut fake, mode, &case.config());
@@ -186,8 +193,43 @@ fn a_good_machine_boots_with_everything_in_place() {
         match mode {
             Mode::Soft => assert_eq!((link, efi), (Some(0), &[0; 4][..])),
             Mode::Snp => assert_eq!((link, efi), (Some(0x12_2040), &b"EL64"[..])),
+            Mode::Tdx => assert_eq!((link, efi), (Some(0), &b"EL64"[..])),
         }
     }
+}
+
+#[test]
+fn a_td_measures_what_it_boots_and_logs_it() {
+    let case = Case::new();
+    let (mut fake, page) = (case.fake(), case.config());
+    prepare(&mut fake, Mode::Tdx, &page).unwrap();
+    let events = events::of(&page).unwrap();
+    let expected: Vec<(u8, Digest)> = events
+        .iter()
+        .map(|event| (event.register, event.digest()))
+        .collect();
+    assert_eq!(fake.extended, expected);
+    let mut log = [0; 4096];
+    events::write_log(&mut log, &events).unwrap();
+    assert_eq!(fake.ram[0x12_4000..0x12_5000], log);
+    for mode in [Mode::Soft, Mode::Snp] {
+        let mut fake = case.fake();
+        prepare(&mut fake, mode, &page).unwrap();
+        assert_eq!(fake.extended, []);
+    }
+}
+
+#[test]
+fn a_td_accepts_the_first_mib_and_what_only_snp_launches() {
+    let case = Case::new();
+    let mut fake = case.fake();
+    prepare(&mut fake, Mode::Tdx, &case.config()).unwrap();
+    let accepted = |gpa: u64| fake.validated[index(gpa / PAGE)] == 1;
+    assert!((0..0x10_0000).step_by(4096).all(accepted));
+    assert!((0x10_0000..0x11_0000).step_by(4096).all(|gpa| !accepted(gpa)));
+    assert!((0x11_0000..0x11_2000).step_by(4096).all(accepted));
+    assert!((0x11_2000..0x11_4000).step_by(4096).all(|gpa| !accepted(gpa)));
+    assert!((0x11_4000..0x20_0000).step_by(4096).all(accepted));
 }
 
 #[test]
@@ -195,13 +237,15 @@ fn memory_is_validated_once_or_left_to_the_kernel() {
     for (mode, flags) in [
         (Mode::Snp, FLAG_LAZY_ACCEPT),
         (Mode::Snp, 0),
+        (Mode::Tdx, FLAG_LAZY_ACCEPT),
+        (Mode::Tdx, 0),
         (Mode::Soft, FLAG_LAZY_ACCEPT),
     ] {
         let case = Case { flags, ..Case::new() };
         let mut fake = case.fake();
         prepare(&mut fake, mode, &case.config()).unwrap();
         let table = fake.ram[0x14_0000..0x15_0000].to_vec();
-        let lazy = mode == Mode::Snp && flags != 0;
+        let lazy = mode != Mode::Soft && flags != 0;
         for unit in 1..RAM / UNIT {
             let first = index(unit * UNIT / PAGE);
             let times = &fake.validated[first..first + 512];

@@ -22,8 +22,12 @@ const AT_HASH: usize = 0x10;
 const AT_MAX_VCPUS: usize = 0x14;
 const AT_RAM_MIN: usize = 0x18;
 const AT_RAM_MAX: usize = 0x20;
-const AT_KERNEL: usize = 0x28;
-const AT_INITRD: usize = 0x50;
+/// Offset of the kernel's [`Blob`]: its length, then its digest.
+pub const AT_KERNEL: usize = 0x28;
+/// Offset of the initrd's [`Blob`].
+pub const AT_INITRD: usize = 0x50;
+/// Length of a [`Blob`] in the page.
+pub const BLOB_LEN: usize = 40;
 const AT_CMDLINE_LEN: usize = 0x78;
 const END_OF_FIELDS: usize = 0x7c;
 const AT_CMDLINE: usize = 0x800;

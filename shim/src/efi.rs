@@ -1,12 +1,11 @@
 //! The EFI tables by which Linux learns of unaccepted memory and of the confidential-computing blob.
 //!
 //! Tables only: no boot or run-time services exist (UEFI 2.10, "EFI System Table"; Linux,
-//! `include/linux/efi.h`). Used on SNP alone.
+//! `include/linux/efi.h`). Used under protection alone.
 
 use crate::bytes::put;
-use crate::plan::Ram;
 use crate::reason::Reason;
-use crate::zero_page::{Kind, memory_map};
+use crate::zero_page::{Kind, MemoryMap};
 
 const SYSTEM_TABLE_LEN: usize = 120;
 /// The system table's signature, "IBI SYST".
@@ -51,8 +50,8 @@ pub struct Targets {
     pub rsdp: u64,
     /// Unaccepted-memory table ([`crate::unaccepted`]).
     pub unaccepted: u64,
-    /// Confidential-computing blob.
-    pub cc_blob: u64,
+    /// Confidential-computing blob, on SNP.
+    pub cc_blob: Option<u64>,
 }
 
 /// Where the parts of the written tables are.
@@ -72,17 +71,19 @@ pub struct Tables {
 ///
 /// # Errors
 /// [`Reason::TablesFull`] when `area` is too short.
-pub fn write(area: &mut [u8], base: u64, ram: &Ram, targets: &Targets) -> Result<Tables, Reason> {
-    fill(area, base, ram, targets).ok_or(Reason::TablesFull)
+pub fn write(area: &mut [u8], base: u64, map: &MemoryMap, targets: &Targets) -> Result<Tables, Reason> {
+    fill(area, base, map, targets).ok_or(Reason::TablesFull)
 }
 
-fn fill(area: &mut [u8], base: u64, ram: &Ram, targets: &Targets) -> Option<Tables> {
+fn fill(area: &mut [u8], base: u64, map: &MemoryMap, targets: &Targets) -> Option<Tables> {
     let gpa = |at: usize| base.checked_add(u64::try_from(at).ok()?);
-    let configuration = [
+    let always = [
         (GUID_ACPI_20, targets.rsdp),
         (GUID_UNACCEPTED, targets.unaccepted),
-        (GUID_CC_BLOB, targets.cc_blob),
     ];
+    let configuration = always
+        .into_iter()
+        .chain(targets.cc_blob.map(|blob| (GUID_CC_BLOB, blob)));
     put(area, 0, &SIGNATURE)?;
     put(area, AT_REVISION, &REVISION.to_le_bytes())?;
     put(
@@ -94,7 +95,7 @@ fn fill(area: &mut [u8], base: u64, ram: &Ram, targets: &Targets) -> Option<Tabl
     put(
         area,
         AT_TABLE_COUNT,
-        &u64::try_from(configuration.len()).ok()?.to_le_bytes(),
+        &u64::try_from(configuration.clone().count()).ok()?.to_le_bytes(),
     )?;
     put(area, AT_TABLES, &gpa(AT_CONFIG_TABLES)?.to_le_bytes())?;
     put(area, AT_VENDOR_NAME, &VENDOR_NAME)?;
@@ -103,11 +104,11 @@ fn fill(area: &mut [u8], base: u64, ram: &Ram, targets: &Targets) -> Option<Tabl
         put(area, at.checked_add(16)?, &target.to_le_bytes())?;
     }
     let mut map_len = 0u32;
-    for (range, kind) in memory_map(ram) {
+    for (range, kind) in map {
         let pages = range.end.checked_sub(range.start)? >> 12;
         if pages != 0 {
             let at = AT_MEMORY_MAP.checked_add(usize::try_from(map_len).ok()?)?;
-            let entry = [memory_type(kind), range.start, 0, pages, ATTRIBUTE_WB].map(u64::to_le_bytes);
+            let entry = [memory_type(*kind), range.start, 0, pages, ATTRIBUTE_WB].map(u64::to_le_bytes);
             put(area, at, entry.as_flattened())?;
             map_len = map_len.checked_add(MEMORY_ENTRY_LEN)?;
         }
@@ -125,13 +126,17 @@ fn memory_type(kind: Kind) -> u64 {
         Kind::Ram => 7,
         Kind::Reserved => 0,
         Kind::Acpi => 9,
+        Kind::Firmware => 10,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::Mode;
     use crate::bytes::{get, get_u32, get_u64};
+    use crate::plan::Ram;
+    use crate::zero_page::memory_map;
 
     #[test]
     fn guids_are_mixed_endian() {
@@ -147,10 +152,10 @@ mod tests {
         let targets = Targets {
             rsdp: 0x13_0000,
             unaccepted: 0x14_0000,
-            cc_blob: 0x12_2000,
+            cc_blob: Some(0x12_2000),
         };
         let mut area = [0; 4096];
-        let tables = write(&mut area, 0x12_3000, &ram, &targets).unwrap();
+        let tables = write(&mut area, 0x12_3000, &memory_map(Mode::Snp, &ram), &targets).unwrap();
         assert_eq!(
             tables,
             Tables {
@@ -169,7 +174,7 @@ mod tests {
         for (at, guid, target) in [
             (0x100, GUID_ACPI_20, targets.rsdp),
             (0x118, GUID_UNACCEPTED, targets.unaccepted),
-            (0x130, GUID_CC_BLOB, targets.cc_blob),
+            (0x130, GUID_CC_BLOB, 0x12_2000),
         ] {
             assert_eq!(
                 (get(&area, at), get_u64(&area, at + 16)),

@@ -66,6 +66,9 @@ pub const STAGING_HEAD_LEN: u64 = 2 * PAGE;
 pub const STAGING_KERNEL: u64 = STAGING + UNIT;
 /// End of the staging window, which is also what the boot page tables map.
 pub const STAGING_END: u64 = 0x80_0000_0000;
+/// The page of the reset vector, which every processor of a TD executes first (`shim/v1-reset.bin`); launched
+/// on TDX only.
+pub const RESET_PAGE: u64 = 0xffff_f000;
 /// Highest possible end of high RAM.
 pub const HIGH_RAM_MAX: u64 = STAGING;
 
@@ -115,9 +118,22 @@ pub const ENTRY_CS: u16 = 0x10;
 pub const ENTRY_DS: u16 = 0x18;
 /// The bit that makes a mapping private on SNP.
 pub const C_BIT: u64 = 1 << 51;
+/// The bit that makes a mapping shared on TDX: the guest-physical address width of machine v1 is 48.
+pub const SHARED_BIT: u64 = 1 << 47;
+/// First instruction of every processor of a TD, in 32-bit mode without paging.
+pub const RESET_VECTOR: u64 = RESET_PAGE + 0xff0;
+/// Where a kernel of a TD sends a processor that it gives back, in 64-bit mode (the reset vector of the MADT's
+/// wake-up structure).
+pub const AP_RESET_VECTOR: u64 = RESET_PAGE;
+/// Where the reset page continues, in 64-bit mode on the boot page tables.
+pub const TD_ENTRY_RIP: u64 = TEXT + 0x20;
+/// CR4 on TDX: machine checks must stay enabled.
+pub const TD_CR4: u64 = ENTRY_CR4 | 0x40;
+/// Upper bits of the error code of a TD's fatal error; the lowest byte is [`crate::reason::Reason::code`].
+pub const TD_FATAL_MARK: u32 = 0x6376_6d00;
 /// RDI at entry: machine without protection.
 pub const MODE_SOFT: u64 = 0;
 /// RDI at entry: SEV-SNP guest.
 pub const MODE_SNP: u64 = 1;
-/// RDI at entry: TDX guest (reserved, not yet served).
+/// RDI at entry: TDX guest.
 pub const MODE_TDX: u64 = 2;

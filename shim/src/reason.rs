@@ -3,7 +3,8 @@
 use core::fmt;
 
 /// A reason for which the shim terminates. [`Reason::code`] travels in the low byte of the termination
-/// value on the shim port, or as the reason code of a GHCB MSR termination in the shim's own set.
+/// value on the shim port, as the reason code of a GHCB MSR termination in the shim's own set, or in the low byte
+/// of the error code of a TD's fatal error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The entry mode in RDI is none that this shim serves.
@@ -46,6 +47,16 @@ pub enum Reason {
     DoubleValidation,
     /// The shim hit a bug of its own.
     Bug,
+    /// The TD's guest-physical addresses have not 48 bits.
+    TdAddressWidth,
+    /// The TD's attributes allow debugging, or #VE for memory that is not accepted.
+    TdAttributes,
+    /// TDG.MEM.PAGE.ACCEPT failed.
+    Accept,
+    /// TDG.MR.RTMR.EXTEND failed.
+    RtmrExtend,
+    /// The TDX module or the hypervisor refused a TDG.VP.VMCALL.
+    TdVmcall,
     /// A processor exception, by vector (0 to 31).
     Exception(u8),
 }
@@ -56,7 +67,7 @@ const EXCEPTION: u8 = 0x80;
 const VECTORS: u8 = 32;
 
 /// Every reason but exceptions.
-const ALL: [Reason; 20] = [
+const ALL: [Reason; 25] = [
     Reason::UnknownMode,
     Reason::BadConfig,
     Reason::BadDescriptor,
@@ -77,6 +88,11 @@ const ALL: [Reason; 20] = [
     Reason::Pvalidate,
     Reason::DoubleValidation,
     Reason::Bug,
+    Reason::TdAddressWidth,
+    Reason::TdAttributes,
+    Reason::Accept,
+    Reason::RtmrExtend,
+    Reason::TdVmcall,
 ];
 
 impl Reason {
@@ -114,6 +130,11 @@ impl Reason {
             Reason::Pvalidate => 0x12,
             Reason::DoubleValidation => 0x13,
             Reason::Bug => 0x14,
+            Reason::TdAddressWidth => 0x15,
+            Reason::TdAttributes => 0x16,
+            Reason::Accept => 0x17,
+            Reason::RtmrExtend => 0x18,
+            Reason::TdVmcall => 0x19,
             Reason::Exception(_) => EXCEPTION,
         }
     }
@@ -151,6 +172,11 @@ impl Reason {
             Reason::Pvalidate => "PVALIDATE failed",
             Reason::DoubleValidation => "a page was validated before: the host replayed memory",
             Reason::Bug => "the shim hit a bug of its own",
+            Reason::TdAddressWidth => "the trust domain's guest-physical addresses have not 48 bits",
+            Reason::TdAttributes => "the trust domain's attributes have DEBUG set or SEPT_VE_DISABLE clear",
+            Reason::Accept => "the TDX module refused to accept a page",
+            Reason::RtmrExtend => "the TDX module refused to extend a measurement register",
+            Reason::TdVmcall => "the hypervisor refused a call of the trust domain",
             Reason::Exception(_) => "the shim took a processor exception",
         }
     }
@@ -187,7 +213,7 @@ mod tests {
 
     #[test]
     fn unknown_codes_have_no_reason() {
-        for code in [0, 0x15, 0x7f, 0xa0, 0xff] {
+        for code in [0, 0x1a, 0x7f, 0xa0, 0xff] {
             assert_eq!(Reason::from_code(code), None, "{code:#x}");
         }
     }

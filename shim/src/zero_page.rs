@@ -1,8 +1,9 @@
 //! The zero page and memory map for Linux (`Documentation/arch/x86/zero-page.rst`).
 
+use crate::boot::Mode;
 use crate::bytes::put;
 use crate::bzimage::{HEADER_START, Kernel};
-use crate::layout::{ECAM, ECAM_LEN, HANDOVER, LOW_END, LOW_HOLE, TEXT};
+use crate::layout::{ECAM, ECAM_LEN, HANDOVER, HIGH_RAM, LOW_END, LOW_HOLE, MAILBOX, PAGE, RESET_PAGE, TEXT};
 use crate::plan::{Plan, Ram};
 use crate::reason::Reason;
 use core::ops::Range;
@@ -31,17 +32,30 @@ pub enum Kind {
     Reserved = 2,
     /// Tables that the kernel reads and keeps.
     Acpi = 3,
+    /// Private memory that the kernel shares with the shim's code: not [`Kind::Reserved`], which Linux may map
+    /// as shared with the host.
+    Firmware = 4,
 }
 
-/// The memory map of machine v1, in ascending order; the last range may be empty.
+/// The memory map of machine v1: ascending, with empty ranges.
+pub type MemoryMap = [(Range<u64>, Kind); 9];
+
+/// The memory map for `ram`. On TDX the wake-up mailbox and the reset page stay what they are, for good.
 #[must_use]
-pub fn memory_map(ram: &Ram) -> [(Range<u64>, Kind); 6] {
+pub fn memory_map(mode: Mode, ram: &Ram) -> MemoryMap {
+    let (mailbox, reset) = match mode {
+        Mode::Soft | Mode::Snp => (HANDOVER..HANDOVER, HIGH_RAM..HIGH_RAM),
+        Mode::Tdx => (MAILBOX..MAILBOX.wrapping_add(PAGE), RESET_PAGE..HIGH_RAM),
+    };
     [
         (0..LOW_HOLE, Kind::Ram),
-        (TEXT..HANDOVER, Kind::Reserved),
+        (TEXT..mailbox.start, Kind::Reserved),
+        (mailbox.clone(), Kind::Firmware),
+        (mailbox.end..HANDOVER, Kind::Reserved),
         (HANDOVER..LOW_END, Kind::Acpi),
         (LOW_END..ram.low().end, Kind::Ram),
         (ECAM..ECAM.wrapping_add(ECAM_LEN), Kind::Reserved),
+        (reset, Kind::Reserved),
         (ram.high(), Kind::Ram),
     ]
 }
@@ -63,12 +77,16 @@ pub struct Links {
 /// [`Reason::TablesFull`] when something does not fit, which the fixed layout excludes.
 pub fn write(
     page: &mut [u8],
+    mode: Mode,
     plan: &Plan,
     kernel: &Kernel,
     header: &[u8],
     links: &Links,
 ) -> Result<(), Reason> {
-    fill(page, plan, kernel, header, links).ok_or(Reason::TablesFull)
+    let map = memory_map(mode, &plan.ram);
+    fill(page, plan, kernel, header, links)
+        .and_then(|()| fill_map(page, map))
+        .ok_or(Reason::TablesFull)
 }
 
 fn fill(page: &mut [u8], plan: &Plan, kernel: &Kernel, header: &[u8], links: &Links) -> Option<()> {
@@ -89,10 +107,13 @@ fn fill(page: &mut [u8], plan: &Plan, kernel: &Kernel, header: &[u8], links: &Li
         page,
         AT_RAMDISK.checked_add(4)?,
         &u32::try_from(plan.initrd.len).ok()?.to_le_bytes(),
-    )?;
+    )
+}
+
+fn fill_map(page: &mut [u8], map: MemoryMap) -> Option<()> {
     let mut count = 0u8;
     let mut slots = (AT_E820..).step_by(E820_ENTRY_LEN);
-    for (range, kind) in memory_map(&plan.ram) {
+    for (range, kind) in map {
         let len = range.end.checked_sub(range.start)?;
         if len != 0 {
             put(page, slots.next()?, &e820_entry(range.start, len, kind))?;
@@ -152,18 +173,28 @@ mod tests {
             (0xc000_0000, 0x70_0000_0000),
         ] {
             let ram = Ram::new(low, high).unwrap();
-            let map = memory_map(&ram);
-            assert!(
-                map.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start),
-                "{map:x?}"
-            );
-            let usable: u64 = map
-                .iter()
-                .filter(|(_, kind)| *kind == Kind::Ram)
-                .map(|(r, _)| r.end - r.start)
-                .sum();
-            // The hole below 1 MiB and the MiB of the shim are not for the kernel.
-            assert_eq!(usable, ram.len() - 0x6_0000 - 0x10_0000);
+            for mode in [Mode::Soft, Mode::Snp, Mode::Tdx] {
+                let map = memory_map(mode, &ram);
+                assert!(
+                    map.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start),
+                    "{map:x?}"
+                );
+                let usable: u64 = map
+                    .iter()
+                    .filter(|(_, kind)| *kind == Kind::Ram)
+                    .map(|(r, _)| r.end - r.start)
+                    .sum();
+                // The hole below 1 MiB and the MiB of the shim are not for the kernel.
+                assert_eq!(usable, ram.len() - 0x6_0000 - 0x10_0000);
+            }
         }
+    }
+
+    #[test]
+    fn a_td_keeps_its_mailbox_and_its_reset_page() {
+        let ram = Ram::new(0x200_0000, 0).unwrap();
+        let map = memory_map(Mode::Tdx, &ram);
+        assert_eq!(map[2], (0x10_f000..0x11_0000, Kind::Firmware));
+        assert_eq!(map[7], (0xffff_f000..0x1_0000_0000, Kind::Reserved));
     }
 }

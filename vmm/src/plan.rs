@@ -11,6 +11,7 @@ use arch::addr::{BadRange, Gpa, PageRange};
 use arch::platform::{LaunchPage, LaunchPlan, PageKind};
 use arch::x86::regs::{BootState, General, Segment};
 use sha2::{Digest, Sha256};
+pub use shim::boot::Mode;
 use shim::config::{Blob, Config, ConfigError};
 use shim::layout;
 
@@ -20,24 +21,11 @@ use crate::spec::payload;
 /// The shim of machine v1; its bytes are the measurement. `scripts/shim --check` rebuilds and compares them.
 pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
 
+/// The page of the reset vector, which a TD is launched with at [`layout::RESET_PAGE`]; built and checked with it.
+pub const RESET_V1: &[u8] = include_bytes!("../../shim/v1-reset.bin");
+
 /// [`layout::PAGE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
-
-/// The page of the reset vector, which every processor of a TD executes first.
-const RESET_PAGE: u64 = 0xffff_f000;
-/// Its contents.
-const RESET_PAGE_V1: [u8; PAGE_LEN] = [0; PAGE_LEN];
-
-/// How the shim is entered; decides about the C-bit and the pages only one platform has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// No protection.
-    Soft,
-    /// AMD SEV-SNP.
-    Snp,
-    /// Intel TDX.
-    Tdx,
-}
 
 /// Where 2 MiB page tables go on hosts that offer no 1 GiB pages: RAM that the shim does not use.
 const SMALL_TABLES: u64 = layout::LOW_END;
@@ -166,7 +154,7 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
             "boot page tables",
             layout::TABLES,
             PageKind::Measured,
-            tables(mode),
+            shim::tables::encode(mode).to_vec(),
         )?,
         page(
             "CONFIG",
@@ -186,20 +174,15 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
     }
     pages.push(empty("stack", layout::STACK, layout::STACK_LEN, PageKind::Zero)?);
     if mode == Mode::Tdx {
-        let bytes = RESET_PAGE_V1.to_vec();
-        pages.push(page("reset vector", RESET_PAGE, PageKind::Measured, bytes)?);
+        pages.push(page(
+            "reset vector",
+            layout::RESET_PAGE,
+            PageKind::Measured,
+            RESET_V1.to_vec(),
+        )?);
     }
     let vcpus = (0..cpus).map(|index| boot_state(mode, index)).collect();
     Ok(LaunchPlan { pages, vcpus })
-}
-
-fn tables(mode: Mode) -> Vec<u8> {
-    let mut pages = shim::tables::encode(mode == Mode::Snp).to_vec();
-    if mode == Mode::Tdx {
-        let shared = pages.as_chunks_mut::<8>().0.iter_mut().skip(512 + 448);
-        shared.for_each(|entry| *entry = (u64::from_le_bytes(*entry) | 1 << 47).to_le_bytes());
-    }
-    pages
 }
 
 fn page(name: &'static str, at: u64, kind: PageKind, bytes: Vec<u8>) -> Result<LaunchPage, BadRange> {

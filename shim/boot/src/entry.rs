@@ -4,21 +4,54 @@
 
 use core::arch::{asm, global_asm};
 
-// The image starts with `entry`; `park`, where other processors stay, is at a fixed distance
-// (layout::AP_PARK_RIP). Exception stubs are 8 bytes each and push their vector.
+// The image starts with `entry`; `park`, where other processors stay (layout::AP_PARK_RIP), and `td`, where
+// the reset page continues (layout::TD_ENTRY_RIP), are at fixed distances. Exception stubs are 8 bytes each
+// and push their vector.
+//
+// Every processor of a TD comes to `td` and learns its index from the TDX module, never from the host. The
+// first one is the boot processor. The others wait in `mailbox` for the kernel (ACPI 6.6, "Multiprocessor Wakeup
+// Structure"): the page was launched as zeros and is private, so no command in it is the host's. They read
+// only the text, the boot page tables and the reset page's descriptors, which are the kernel's never.
 global_asm!(
     ".section .text.start, \"ax\"",
     ".global entry",
     "entry:",
     "    cli",
-    "    cld",
     "    jmp 1f",
     "    .balign 16",
     "park:",
     "    cli",
     "0:  hlt",
     "    jmp 0b",
-    "1:  mov rbx, rdi",
+    "    .balign 16",
+    "td:",
+    "    mov eax, {vp_info}",
+    "    .byte 0x66, 0x0f, 0x01, 0xcc", // tdcall
+    "    test rax, rax",
+    "    jnz 4f",
+    "    mov esp, {stack}",
+    "    mov edi, {td}",
+    "    test r9d, r9d",
+    "    jz 1f",
+    "    mov ebx, {mailbox}",
+    "mailbox:",
+    "    pause",
+    "    movzx eax, word ptr [rbx]",
+    "    test eax, eax",
+    "    jz mailbox",
+    "    cmp dword ptr [rbx + 4], r9d",
+    "    jne mailbox",
+    "    cmp eax, {wake}",
+    "    je 0f",
+    "    cmp eax, {test}",
+    "    jne mailbox",
+    "    mov word ptr [rbx], 0",
+    "    jmp mailbox",
+    "0:  mov rax, [rbx + 8]",
+    "    mov word ptr [rbx], 0",
+    "    jmp rax",
+    "1:  cld",
+    "    mov rbx, rdi",
     "    lea rdi, [bss_start]",
     "    lea rcx, [bss_end]",
     "    sub rcx, rdi",
@@ -35,7 +68,7 @@ global_asm!(
     "    mov ss, eax",
     "    mov rdi, rbx",
     "    call {run}",
-    "    ud2",
+    "4:  ud2",
     "    .balign 8",
     ".global exception_stubs",
     "exception_stubs:",
@@ -55,6 +88,11 @@ global_asm!(
     code = const shim::layout::ENTRY_CS,
     data = const shim::layout::ENTRY_DS,
     stack = const shim::layout::ENTRY_RSP,
+    vp_info = const shim::tdx::VP_INFO,
+    td = const shim::layout::MODE_TDX,
+    mailbox = const shim::layout::MAILBOX,
+    wake = const shim::tdx::MAILBOX_WAKE,
+    test = const shim::tdx::MAILBOX_TEST,
     run = sym enter,
     exception = sym crate::hw::exception,
 );

@@ -6,7 +6,7 @@ use core::arch::asm;
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 use core::ops::Range;
 use core::ptr::with_exposed_provenance_mut;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU8, Ordering};
 use shim::boot::{Entry, Machine, Mode};
 use shim::config::CONFIG_LEN;
 use shim::layout::{
@@ -15,7 +15,11 @@ use shim::layout::{
 };
 use shim::reason::Reason;
 use shim::sha256::{Compress, Plain, compress_by_instructions};
+use shim::sha384::Digest;
 use shim::snp::{self, Processor};
+use shim::tdx::{self, Accepted};
+
+use crate::td;
 
 const MSR_GHCB: u32 = 0xc001_0130;
 const MSR_SEV_STATUS: u32 = 0xc001_0131;
@@ -27,59 +31,75 @@ pub(crate) struct Platform {
 }
 
 impl Platform {
-    /// A machine without protection: all memory is usable.
-    pub(crate) fn soft() -> Self {
-        let sha = snp::has_sha(__cpuid(1).ecx, __cpuid_count(7, 0).ebx);
-        Platform {
-            mode: Mode::Soft,
-            processor: Processor { touch: false, sha },
-        }
+    /// The machine that the shim was entered on.
+    pub(crate) fn new(mode: Mode) -> Result<Self, Reason> {
+        let processor = match mode {
+            Mode::Snp => Platform::snp()?,
+            Mode::Soft | Mode::Tdx => {
+                if mode == Mode::Tdx {
+                    let (width, attributes) = td::info();
+                    tdx::check_info(width, attributes)?;
+                }
+                // Neither traps here, nor is it the host's invention.
+                let sha = snp::has_sha(__cpuid(1).ecx, __cpuid_count(7, 0).ebx);
+                Processor { touch: false, sha }
+            }
+        };
+        Ok(Platform { mode, processor })
     }
 
     /// An SNP guest: checks processor, CPUID page and hypervisor, and registers the GHCB.
-    pub(crate) fn snp() -> Result<Self, Reason> {
+    fn snp() -> Result<Processor, Reason> {
         snp::check_sev_status(rdmsr(MSR_SEV_STATUS))?;
         // SAFETY: the launch placed the page, nobody writes it while the shim runs.
         let processor = snp::check_cpuid(unsafe { page(CPUID) })?;
         snp::check_sev_info(call_by_msr(snp::MSR_SEV_INFO))?;
         snp::check_features(call_by_msr(snp::MSR_FEATURES))?;
         snp::check_register(STAGING_GHCB, call_by_msr(snp::msr_register(STAGING_GHCB)))?;
-        Ok(Platform {
-            mode: Mode::Snp,
-            processor,
-        })
+        Ok(processor)
     }
 
-    fn validate_page(&self, gpa: u64) -> Result<(), Reason> {
-        match pvalidate(gpa, false) {
+    /// Makes the 4 KiB or (`large`) 2 MiB page at `gpa` usable; false when it consists of smaller ones.
+    fn validate_page(&self, gpa: u64, large: bool) -> Result<bool, Reason> {
+        match self.mode {
+            Mode::Soft => Ok(true),
+            Mode::Snp => self.pvalidate_page(gpa, large),
+            Mode::Tdx => match tdx::accept(|| td::accept_page(gpa, large))? {
+                Accepted::Done => Ok(true),
+                Accepted::Smaller => Ok(false),
+            },
+        }
+    }
+
+    fn pvalidate_page(&self, gpa: u64, large: bool) -> Result<bool, Reason> {
+        match pvalidate(gpa, large) {
             (0, true) => Ok(()),
             (0, false) => Err(Reason::DoubleValidation),
+            (snp::PVALIDATE_SIZE_MISMATCH, _) if large => return Ok(false),
             _ => Err(Reason::Pvalidate),
         }?;
-        if self.processor.touch {
+        if self.processor.touch && !large {
             for at in [gpa, gpa.wrapping_add(PAGE - 1)] {
                 // SAFETY: the page was validated above and is identity-mapped; the value is not used.
                 unsafe { pointer(at).read_volatile() };
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
 impl Machine for Platform {
     fn validate(&mut self, range: &Range<u64>) -> Result<(), Reason> {
         let mut at = range.start;
-        while self.mode == Mode::Snp && at < range.end {
+        while self.mode != Mode::Soft && at < range.end {
             let left = range.end.wrapping_sub(at);
             let whole = at.is_multiple_of(UNIT) && left >= UNIT;
-            let step = match whole.then(|| pvalidate(at, true)) {
-                Some((0, true)) => UNIT,
-                Some((0, false)) => return Err(Reason::DoubleValidation),
-                Some((snp::PVALIDATE_SIZE_MISMATCH, _)) | None => {
-                    self.validate_page(at)?;
-                    PAGE
-                }
-                Some(_) => return Err(Reason::Pvalidate),
+            let step = if whole && self.validate_page(at, true)? {
+                UNIT
+            } else if self.validate_page(at, false)? {
+                PAGE
+            } else {
+                return Err(Reason::Accept);
             };
             at = at.wrapping_add(step);
         }
@@ -124,11 +144,27 @@ impl Machine for Platform {
         }
     }
 
-    fn release_staging(&mut self) -> Result<(), Reason> {
-        if self.mode == Mode::Soft {
-            out(PORT_SHIM, SHIM_RELEASE_STAGING);
-            return Ok(());
+    fn extend(&mut self, register: u8, digest: &Digest) -> Result<(), Reason> {
+        match self.mode {
+            Mode::Soft | Mode::Snp => Err(Reason::Bug),
+            Mode::Tdx => tdx::extend(|| td::extend(register, digest)),
         }
+    }
+
+    fn release_staging(&mut self) -> Result<(), Reason> {
+        match self.mode {
+            Mode::Soft => {
+                out(PORT_SHIM, SHIM_RELEASE_STAGING);
+                Ok(())
+            }
+            Mode::Snp => self.release_by_ghcb(),
+            Mode::Tdx => td::out(PORT_SHIM, SHIM_RELEASE_STAGING),
+        }
+    }
+}
+
+impl Platform {
+    fn release_by_ghcb(&mut self) -> Result<(), Reason> {
         let request = self.memory(FREE, PAGE)?;
         request.fill(0);
         snp::ghcb_out(request, PORT_SHIM, SHIM_RELEASE_STAGING)?;
@@ -210,12 +246,13 @@ pub(crate) fn terminate(mode: Mode, reason: Reason) -> ! {
                 wrmsr(MSR_GHCB, snp::msr_terminate(reason));
                 vmgexit();
             }
+            Mode::Tdx => td::fatal(reason),
         }
     }
 }
 
-/// Whether an exception is reported in the SNP way.
-static ON_SNP: AtomicBool = AtomicBool::new(false);
+/// The mode in which exceptions and panics are reported, as a number; 0 is [`Mode::Soft`].
+static MODE: AtomicU8 = AtomicU8::new(0);
 /// Interrupt descriptors, filled once.
 static mut IDT: [[u32; 4]; 32] = [[0; 4]; 32];
 /// Type and attributes of an interrupt gate: present, privilege 0.
@@ -226,7 +263,7 @@ pub(crate) fn catch_exceptions(mode: Mode) {
     unsafe extern "C" {
         static exception_stubs: [[u8; 8]; 32];
     }
-    ON_SNP.store(mode == Mode::Snp, Ordering::Relaxed);
+    MODE.store(mode as u8, Ordering::Relaxed);
     let mut stub = low((&raw const exception_stubs).addr() as u64);
     let table = &raw mut IDT;
     // SAFETY: one processor runs the shim, once, and exceptions only read the table.
@@ -254,24 +291,24 @@ struct IdtPointer {
     base: u64,
 }
 
+/// The mode of [`catch_exceptions`].
+fn mode() -> Mode {
+    let number = MODE.load(Ordering::Relaxed);
+    let modes = [Mode::Snp, Mode::Tdx];
+    modes
+        .into_iter()
+        .find(|mode| *mode as u8 == number)
+        .unwrap_or(Mode::Soft)
+}
+
 /// Called by the exception stubs on an empty stack.
 pub(crate) extern "C" fn exception(vector: u8) -> ! {
-    let mode = if ON_SNP.load(Ordering::Relaxed) {
-        Mode::Snp
-    } else {
-        Mode::Soft
-    };
-    terminate(mode, Reason::Exception(vector))
+    terminate(mode(), Reason::Exception(vector))
 }
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    let mode = if ON_SNP.load(Ordering::Relaxed) {
-        Mode::Snp
-    } else {
-        Mode::Soft
-    };
-    terminate(mode, Reason::Bug)
+    terminate(mode(), Reason::Bug)
 }
 
 /// One request and its answer by the GHCB MSR protocol.

@@ -6,24 +6,25 @@
 
 mod entry;
 mod hw;
+mod reset;
+mod td;
 
 use hw::Platform;
 use shim::boot::{Mode, prepare};
-use shim::layout::{MODE_SNP, MODE_SOFT};
+use shim::layout::{MODE_SNP, MODE_SOFT, MODE_TDX};
 use shim::reason::Reason;
 
-/// The boot processor's work; `mode` is RDI as the VMM set it, which SNP measures.
+/// The boot processor's work; `mode` is RDI as the VMM set it, which SNP measures, or as the code behind the
+/// reset page did.
 fn run(mode: u64) -> ! {
-    let (mode, mut platform) = match mode {
-        MODE_SOFT => (Mode::Soft, Platform::soft()),
-        MODE_SNP => match Platform::snp() {
-            Ok(platform) => (Mode::Snp, platform),
-            Err(reason) => hw::terminate(Mode::Snp, reason),
-        },
+    let mode = match mode {
+        MODE_SOFT => Mode::Soft,
+        MODE_SNP => Mode::Snp,
+        MODE_TDX if td::is_td() => Mode::Tdx,
         _ => hw::terminate(Mode::Soft, Reason::UnknownMode),
     };
     hw::catch_exceptions(mode);
-    match prepare(&mut platform, mode, hw::config()) {
+    match Platform::new(mode).and_then(|mut platform| prepare(&mut platform, mode, hw::config())) {
         Ok(entry) => hw::jump(entry),
         Err(reason) => hw::terminate(mode, reason),
     }
