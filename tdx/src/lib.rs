@@ -8,5 +8,6 @@ pub mod error;
 pub mod get_quote;
 pub mod ioctl;
 pub mod measure;
+pub mod model;
 pub mod qgs;
 pub mod rtmr;
