@@ -4,6 +4,7 @@
 pub mod addr;
 pub mod blockio;
 pub mod exit;
+pub mod firmware;
 pub mod host;
 pub mod iov;
 pub mod kvm;

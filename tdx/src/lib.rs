@@ -11,3 +11,4 @@ pub mod measure;
 pub mod model;
 pub mod qgs;
 pub mod rtmr;
+pub mod tdvf;

@@ -1,9 +1,11 @@
 //! The page by which OVMF recognises the kernel, initrd and command line that its digest speaks for (QEMU's
 //! `target/i386/sev.c`, "SevHashTable"; OVMF's `BlobVerifierLibSevHashes`).
 
+use arch::firmware::{Guid, guid};
+
 use crate::bytes::put;
 use crate::measure::{PAGE, sha256};
-use crate::ovmf::parse::{Guid, HashTable, guid};
+use crate::ovmf::parse::HashTable;
 
 const TABLE: Guid = guid(0x9438_d606, 0x4f22, 0x4cc9, 0xb479_a793_d411_fd21);
 const CMDLINE: Guid = guid(0x97d0_2dd8, 0xbd20, 0x4c94, 0xaa78_e771_4d36_ab2a);

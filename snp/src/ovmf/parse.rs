@@ -1,20 +1,16 @@
-//! OVMF's own description of itself: a table of GUIDs that ends 32 bytes before the end of the image, and the
-//! SEV metadata that it points to (`OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` and
-//! `OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm` in EDK II).
+//! OVMF's own description of itself: the SEV metadata that the image's table of GUIDs points to
+//! (`OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm` in EDK II).
 
 use arch::addr::{Gpa, PAGE_SIZE};
+use arch::firmware::{Guid, GuidTable, TableError, guid};
 
-use crate::bytes::{array, le16, le32};
+use crate::bytes::{array, le32};
 use crate::ovmf::hashes::PADDED_LEN;
 
 /// The image ends here.
 const FOUR_GIB: u64 = 1 << 32;
 /// No real image is larger; keeps a mistaken file from being copied.
 const MAX_IMAGE: u64 = 64 << 20;
-/// The reset vector code behind the table.
-const TABLE_END: usize = 32;
-/// `u16` length and GUID, behind the data of each entry.
-const ENTRY_HEADER: usize = 18;
 const METADATA_HEADER: usize = 16;
 const METADATA_ENTRY: usize = 12;
 /// Real images have 7.
@@ -22,20 +18,9 @@ const MAX_SECTIONS: u32 = 64;
 /// Real images have some 300 KiB; bounds the work of folding a digest.
 const MAX_SECTION_BYTES: u64 = 1 << 28;
 
-const FOOTER: Guid = guid(0x96b5_82de, 0x1fb2, 0x45f7, 0xbaea_a366_c55a_082d);
 const HASH_TABLE: Guid = guid(0x7255_371f, 0x3a3b, 0x4b04, 0x927b_1da6_efa8_d454);
 const AP_RESET: Guid = guid(0x00f7_71de, 0x1a7e, 0x4fcb, 0x890e_68c7_7e2f_b44e);
 const METADATA: Guid = guid(0xdc88_6566, 0x984a, 0x4798, 0xa75e_5585_a7bf_67cc);
-
-/// A GUID in EFI's mixed-endian form.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Guid(pub(super) [u8; 16]);
-
-/// A GUID from its printed parts; the last two groups together are `tail`.
-pub(super) const fn guid(a: u32, b: u16, c: u16, tail: u64) -> Guid {
-    let head = (a as u128) | (b as u128) << 32 | (c as u128) << 48;
-    Guid((head | (tail.swap_bytes() as u128) << 64).to_le_bytes())
-}
 
 /// What a section of guest memory is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,10 +66,8 @@ impl HashTable {
 pub enum OvmfError {
     #[error("a firmware image is 4 KiB to 64 MiB in whole pages, this file has {bytes} bytes")]
     Size { bytes: u64 },
-    #[error("no OVMF table at the end of the image; give an OVMF .fd file that holds the code part")]
-    NoTable,
-    #[error("the OVMF table is damaged: an entry of {bytes} bytes does not fit")]
-    Entry { bytes: u16 },
+    #[error(transparent)]
+    Table(#[from] TableError),
     #[error(
         "the image has no SEV metadata, so it cannot be launched as an SNP guest; take an SNP-capable OVMF"
     )]
@@ -124,7 +107,7 @@ impl Firmware {
         if size == 0 || size > MAX_IMAGE || !size.is_multiple_of(PAGE_SIZE) {
             return Err(OvmfError::Size { bytes: size });
         }
-        let table = Entries::of(&bytes)?;
+        let table = GuidTable::of(&bytes)?;
         let base = Gpa(FOUR_GIB.saturating_sub(size));
         let sections = sections(&bytes, table.word(METADATA)?.ok_or(OvmfError::NoMetadata)?, base)?;
         let hash_table = table
@@ -176,47 +159,6 @@ impl Firmware {
     /// Where all vCPUs but the first start.
     pub fn ap_start(&self) -> Option<u32> {
         self.ap_start
-    }
-}
-
-/// The GUID table, without its footer.
-struct Entries<'a>(&'a [u8]);
-
-impl<'a> Entries<'a> {
-    fn of(image: &'a [u8]) -> Result<Self, OvmfError> {
-        let end = image.len().checked_sub(TABLE_END).ok_or(OvmfError::NoTable)?;
-        let (table, footer) = image
-            .get(..end)
-            .and_then(|t| t.split_last_chunk::<ENTRY_HEADER>())
-            .ok_or(OvmfError::NoTable)?;
-        let total = le16(footer, 0).unwrap_or(0);
-        if array(footer, 2) != Some(FOOTER.0) {
-            return Err(OvmfError::NoTable);
-        }
-        let start = usize::from(total)
-            .checked_sub(ENTRY_HEADER)
-            .and_then(|len| table.len().checked_sub(len));
-        let entries = start
-            .and_then(|start| table.get(start..))
-            .ok_or(OvmfError::Entry { bytes: total })?;
-        Ok(Self(entries))
-    }
-
-    /// The first `u32` of the data of the entry named `name`, the last one in the file if there are two.
-    fn word(&self, name: Guid) -> Result<Option<u32>, OvmfError> {
-        let mut rest = self.0;
-        while let Some((data, header)) = rest.split_last_chunk::<ENTRY_HEADER>() {
-            let bytes = le16(header, 0).unwrap_or(0);
-            let damaged = OvmfError::Entry { bytes };
-            let len = usize::from(bytes).checked_sub(ENTRY_HEADER).ok_or(damaged)?;
-            let start = data.len().checked_sub(len).ok_or(damaged)?;
-            let (before, data) = data.split_at_checked(start).ok_or(damaged)?;
-            if array(header, 2) == Some(name.0) {
-                return le32(data, 0).map(Some).ok_or(damaged);
-            }
-            rest = before;
-        }
-        Ok(None)
     }
 }
 
