@@ -10,5 +10,6 @@ pub mod ioctl;
 pub mod measure;
 pub mod model;
 pub mod qgs;
+pub mod quote;
 pub mod rtmr;
 pub mod tdvf;

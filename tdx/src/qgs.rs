@@ -247,3 +247,6 @@ pub fn parse_response(answer: &[u8]) -> Result<&[u8], BadAnswer> {
     }
     Ok(quote)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+//! Whether a genuine TDX host signed a quote, and how well patched it is: certificates, revocation lists, TCB levels
+//! and the quoting enclave's identity, all as of a given time. The crate `dcap-qvl` does this part.
+
+use dcap_qvl::QuoteCollateralV3;
+use dcap_qvl::verify::QuoteVerifier;
+
+use super::Quote;
+
+/// What Intel publishes about the host that signed a quote, as JSON of the form that `dcap-qvl` writes.
+#[derive(Clone, Debug)]
+pub struct Collateral(QuoteCollateralV3);
+
+/// A file that holds no collateral.
+#[derive(Debug, thiserror::Error)]
+#[error("not collateral ({0}); get it with: dcap-qvl fetch-collateral, or from your provider's PCCS")]
+pub struct CollateralError(serde_json::Error);
+
+impl Collateral {
+    /// Reads the JSON.
+    ///
+    /// # Errors
+    /// See [`CollateralError`].
+    pub fn parse(json: &[u8]) -> Result<Self, CollateralError> {
+        serde_json::from_slice(json).map(Self).map_err(CollateralError)
+    }
+}
+
+/// Why a quote does not verify, in the words of `dcap-qvl`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ChainFault(String);
+
+/// How well patched the host is, in Intel's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcbLevel {
+    /// One of [`TCB_STATUSES`].
+    pub status: String,
+    /// Security advisories that it lacks.
+    pub advisories: Vec<String>,
+}
+
+/// States of a host's TCB, from best to worst. A revoked one never verifies.
+pub const TCB_STATUSES: [&str; 8] = [
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+];
+
+/// Verifies `quote` up to Intel's root at `at` seconds since 1970, its own signature included. A TD under debug passes: that is the caller's to judge, from [`super::Attributes`].
+///
+/// # Errors
+/// The first thing that does not hold.
+pub fn verify(quote: &Quote, collateral: &Collateral, at: u64) -> Result<TcbLevel, ChainFault> {
+    let verifier = QuoteVerifier::new_prod().allow_debug(true);
+    match verifier.verify(&quote.bytes, &collateral.0, at) {
+        Ok(report) => Ok(TcbLevel {
+            status: report.status,
+            advisories: report.advisory_ids,
+        }),
+        Err(e) => Err(ChainFault(format!("{e:#}"))),
+    }
+}
