@@ -44,8 +44,8 @@ const STATUS_MASK: u64 = 0xffff_ffff_0000_0000;
 const OPERAND_BUSY: u64 = 0x8000_0200 << 32;
 const PAGE_ALREADY_ACCEPTED: u64 = 0x0000_0b0a << 32;
 const PAGE_SIZE_MISMATCH: u64 = 0xc000_0b0b << 32;
-/// How often the shim tries anew while the host works on the same page or register.
-const BUSY_MAX: u32 = 100_000;
+/// How often the shim asks while the host works on the same page or register.
+const CALLS_MAX: u32 = 100_000;
 
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,16 +56,15 @@ pub enum Accepted {
     Smaller,
 }
 
-/// Repeats `call` while it is busy, and gives its status.
+/// Repeats `call` while the module is busy, and gives its status.
 fn patiently(mut call: impl FnMut() -> u64) -> u64 {
-    let mut status = call();
-    for _ in 0..BUSY_MAX {
+    for _ in 0..CALLS_MAX {
+        let status = call();
         if status & STATUS_MASK != OPERAND_BUSY {
-            break;
+            return status;
         }
-        status = call();
     }
-    status
+    OPERAND_BUSY
 }
 
 /// Accepts a page by `call`, one TDG.MEM.PAGE.ACCEPT, which gives its status.
@@ -93,8 +92,6 @@ pub fn extend(call: impl FnMut() -> u64) -> Result<(), Reason> {
 
 /// RCX of a TDG.VP.VMCALL: R10 to R15 are passed to the host.
 pub const PASS_R10_TO_R15: u64 = 0xfc00;
-/// RCX of a TDG.VP.VMCALL: those, and RDX, RBX, RSI, RDI, R8 and R9.
-pub const PASS_ALL: u64 = 0xffcc;
 /// R11: port input or output.
 pub const CALL_IO: u64 = 30;
 /// R11: the TD cannot go on.
@@ -183,7 +180,7 @@ mod tests {
             0x8000_0200_0000_0001
         };
         assert_eq!(accept(busy), Err(Reason::Accept));
-        assert_eq!(calls, BUSY_MAX + 1);
+        assert_eq!(calls, CALLS_MAX);
         assert_eq!(extend(|| 0x8000_0200_0000_0001), Err(Reason::RtmrExtend));
     }
 

@@ -7,7 +7,7 @@ use core::arch::x86_64::__cpuid_count;
 use shim::reason::Reason;
 use shim::sha384::Digest;
 use shim::tdx::{
-    CALL_FATAL, CALL_IO, PAGE_ACCEPT, PASS_ALL, PASS_R10_TO_R15, RTMR_EXTEND, VP_INFO, VP_VMCALL, check_call,
+    CALL_FATAL, CALL_IO, PAGE_ACCEPT, PASS_R10_TO_R15, RTMR_EXTEND, VP_INFO, VP_VMCALL, check_call,
     fatal as fatal_registers,
 };
 
@@ -65,27 +65,27 @@ pub(crate) fn extend(register: u8, digest: &Digest) -> u64 {
 pub(crate) fn out(port: u16, value: u32) -> Result<(), Reason> {
     const BYTES: u64 = 4;
     const WRITE: u64 = 1;
-    let (status, answer);
-    // SAFETY: the host sees the six registers and may change them; all are declared.
-    unsafe {
-        asm!(".byte 0x66, 0x0f, 0x01, 0xcc", inout("rax") VP_VMCALL => status,
-            inout("rcx") PASS_R10_TO_R15 => _, inout("r10") 0u64 => answer, inout("r11") CALL_IO => _,
-            inout("r12") BYTES => _, inout("r13") WRITE => _, inout("r14") u64::from(port) => _,
-            inout("r15") u64::from(value) => _, options(nostack));
-    }
+    let (status, answer) = call(CALL_IO, [BYTES, WRITE, port.into(), value.into()]);
     check_call(status, answer)
 }
 
-/// Ends the TD and tells the host why.
+/// Ends the TD and tells the host why, again and again should it return.
 pub(crate) fn fatal(reason: Reason) -> ! {
     let [code, text, more] = fatal_registers(reason);
-    // SAFETY: nothing is passed but the code and the text; the call is repeated should the host return.
-    unsafe {
-        asm!("2:", "mov eax, {leaf}", "mov ecx, {pass}", "xor r10d, r10d", "mov r11d, {call}",
-            "mov r12, {code}", "xor r13d, r13d", "mov r14, {text}", "mov r15, {more}",
-            "xor edx, edx", "xor ebx, ebx", "xor r8d, r8d", "xor r9d, r9d",
-            ".byte 0x66, 0x0f, 0x01, 0xcc", "jmp 2b",
-            leaf = const VP_VMCALL, pass = const PASS_ALL, call = const CALL_FATAL,
-            code = in(reg) code, text = in(reg) text, more = in(reg) more, options(noreturn, nostack));
+    loop {
+        call(CALL_FATAL, [code, 0, text, more]);
     }
+}
+
+/// TDG.VP.VMCALL of `function` with R12 to R15: the module's status and the host's answer in R10.
+fn call(function: u64, [r12, r13, r14, r15]: [u64; 4]) -> (u64, u64) {
+    let (status, answer);
+    // SAFETY: the host sees the six registers and may change them, as declared; it cannot write private memory.
+    unsafe {
+        asm!(".byte 0x66, 0x0f, 0x01, 0xcc", inout("rax") VP_VMCALL => status,
+            inout("rcx") PASS_R10_TO_R15 => _, inout("r10") 0u64 => answer, inout("r11") function => _,
+            inout("r12") r12 => _, inout("r13") r13 => _, inout("r14") r14 => _, inout("r15") r15 => _,
+            options(nostack));
+    }
+    (status, answer)
 }
