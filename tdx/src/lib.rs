@@ -5,6 +5,7 @@
 mod bytes;
 pub mod commands;
 pub mod error;
+pub mod explain;
 pub mod get_quote;
 pub mod ioctl;
 pub mod measure;

@@ -52,8 +52,16 @@ Examples:
   The digest of a guest that QEMU launches with OVMF, as sev-snp-measure computes it:
     cvmm measure --payload ovmf --firmware OVMF.amdsev.fd --vcpu-type EPYC-Genoa --cpus 4 --kernel vmlinuz
 
-The digest depends on kernel, initrd, command line, processors, platform, --debug-swap and --secure-tsc; on nothing
-else. Policy, HOST_DATA and the ID block stand in the report by themselves.
+  MRTD and RTMRs of the same guest as a trust domain, and MRTD of a TDVF or td-shim image:
+    cvmm measure --platform tdx --kernel vmlinuz --initrd initrd.img
+    cvmm measure --payload tdvf --firmware OVMF.inteltdx.ms.fd
+
+On SNP the digest depends on kernel, initrd, command line, processors, platform, --debug-swap and --secure-tsc; on
+nothing else. Policy, HOST_DATA and the ID block stand in the report by themselves.
+
+On TDX, MRTD depends on kernel, initrd and command line alone: not on the number of processors, their features or the
+TD's attributes, which stand in the report by themselves. The shim extends RTMR1 by kernel and initrd and RTMR2 by the
+command line; RTMR0 and RTMR3 stay zero until the guest extends them. --platform auto means SNP here.
 ";
 
 const ID_BLOCK_EXAMPLES: &str = "\
@@ -103,7 +111,7 @@ enum Command {
     Run(Box<RunArgs>),
     /// Predict the launch digest of a guest, as its attestation report will state it
     ///
-    /// Takes the flags or the file of `cvmm run`, reads kernel and initrd once, and needs neither KVM nor SNP.
+    /// Takes the flags or the file of `cvmm run`, reads kernel and initrd once, and needs neither KVM nor SNP or TDX.
     #[command(after_long_help = MEASURE_EXAMPLES)]
     Measure(Box<measure::Args>),
     /// Approve one launch: make the ID block and its signatures, which `cvmm run` gives to firmware

@@ -1,19 +1,21 @@
 //! `cvmm measure`: the digest that a launch will have, from the arguments of `cvmm run` alone. Needs neither KVM nor
-//! SNP, opens no device, and reads kernel and initrd once.
+//! SNP nor TDX, opens no device, and reads kernel and initrd once.
 
 mod answer;
 mod compare;
 mod launch;
 mod ovmf;
+mod td;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use snp::measure::MeasureError;
+use arch::measurement::MeasureError;
 use snp::ovmf::OvmfError;
+use tdx::tdvf::TdvfError;
 
 use crate::cli;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, PlatformName};
 use crate::ending::ExitClass;
 use crate::plan::{PlanError, ReadError};
 use crate::spec::file::FileError;
@@ -23,6 +25,8 @@ use crate::spec::snp::SnpOptionError;
 
 pub use launch::Launch;
 pub use ovmf::Ovmf;
+use ovmf::PayloadName;
+use td::Td;
 
 #[derive(clap::Args, Clone, Debug)]
 #[expect(
@@ -30,10 +34,10 @@ pub use ovmf::Ovmf;
     reason = "clap would take the text for the command's description"
 )]
 pub struct Args {
-    /// Print the digests for 1, 2, … N virtual CPUs, one a line
+    /// Print the digests for 1, 2, … N virtual CPUs, one a line; not on TDX, where their number has no part in it
     #[arg(long, value_name = "N", help_heading = "Measure", conflicts_with_all = ["diff", "explain"])]
     pub table: Option<u32>,
-    /// Print every page and register set in launch order: address, type, SHA-384 of the contents, digest so far
+    /// Print every page, register set and event in order: address, type, SHA-384 of the contents, digest so far
     #[arg(long, help_heading = "Measure", conflicts_with = "diff")]
     pub explain: bool,
     /// Name the first page or register in which the launches of two configuration files differ; other flags are
@@ -60,6 +64,9 @@ pub struct Subject {
         reason = "clap would take the text for the command's description"
     )]
     pub ovmf: Ovmf,
+    /// On TDX: all pages of a range are added before the first is extended, as hosts did it before mainline KVM
+    #[arg(long, help_heading = "Measure")]
+    pub two_pass: bool,
     #[command(flatten)]
     #[expect(
         missing_docs,
@@ -74,6 +81,28 @@ pub struct Subject {
         help_heading = "Configuration"
     )]
     pub file: Option<PathBuf>,
+}
+
+/// A planned launch, by what measures it.
+enum Prediction {
+    /// SNP's chain, also for a guest without protection.
+    Launch(Box<Launch>),
+    /// MRTD and RTMRs.
+    Td(Box<Td>),
+}
+
+impl Subject {
+    fn prediction(&self) -> Result<Prediction, Unpredictable> {
+        let given = cli::merge(self.config.clone(), self.file.as_deref())?;
+        let tdvf = self.ovmf.payload == Some(PayloadName::Tdvf);
+        match given.platform {
+            Some(PlatformName::Tdx) => Ok(Prediction::Td(Td::plan(self, given)?.into())),
+            Some(PlatformName::Auto) | None if tdvf => Ok(Prediction::Td(Td::plan(self, given)?.into())),
+            _ if tdvf => Err(Unpredictable::TdvfElsewhere),
+            _ if self.two_pass => Err(Unpredictable::OneOrder),
+            _ => Ok(Prediction::Launch(Launch::plan(self)?.into())),
+        }
+    }
 }
 
 /// A launch that cannot be predicted.
@@ -94,9 +123,38 @@ pub enum Unpredictable {
     /// Options of SNP.
     #[error(transparent)]
     Snp(#[from] SnpOptionError),
-    /// TDX measures otherwise.
-    #[error("platform tdx: its digest cannot be predicted yet; give --platform snp or soft")]
-    Tdx,
+    /// What only an SNP launch has was asked of a TD.
+    #[error(
+        "platform tdx: only SNP has ID blocks; a TD is approved by its MRTD, see cvmm measure --platform tdx"
+    )]
+    NotSnp,
+    /// MRTD of several vCPU counts.
+    #[error("--table: MRTD does not depend on the number of virtual CPUs; leave it out")]
+    Table,
+    /// An option for registers that no MRTD measures.
+    #[error("{flag}: registers have no part in MRTD; leave it out")]
+    NoRegisters {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// `--payload ovmf --platform tdx`.
+    #[error("payload ovmf: that is an image as SNP launches it; give --payload tdvf for a TD")]
+    OvmfAsTd,
+    /// `--payload tdvf` and another platform.
+    #[error("payload tdvf: such an image is a TD's; give --platform tdx")]
+    TdvfElsewhere,
+    /// A kernel beside a firmware image of a TD.
+    #[error(
+        "kernel: no part of a TDVF image's MRTD (the firmware measures it at run time); \
+         leave out --kernel, --initrd and --cmdline"
+    )]
+    TdvfKernel,
+    /// `--two-pass` and another platform.
+    #[error("--two-pass: only a TD has two possible orders; give --platform tdx, or leave it out")]
+    OneOrder,
+    /// A TD and something else.
+    #[error("diff: a TD and another guest have nothing to compare; give both the same platform")]
+    Unlike,
     /// QEMU measures nothing without SNP.
     #[error("platform soft: a firmware image is measured by SNP alone; give --platform snp")]
     SoftFirmware,
@@ -119,6 +177,14 @@ pub enum Unpredictable {
         path: PathBuf,
         /// What is wrong with it.
         cause: OvmfError,
+    },
+    /// The firmware image of a TD.
+    #[error("firmware {}: {cause}", path.display())]
+    Tdvf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: TdvfError,
     },
     /// Firmware and guest do not go together.
     #[error(transparent)]
@@ -144,7 +210,15 @@ impl Unpredictable {
             | Self::Size(_)
             | Self::Payload(_)
             | Self::Snp(_)
-            | Self::Tdx
+            | Self::NotSnp
+            | Self::Table
+            | Self::NoRegisters { .. }
+            | Self::OvmfAsTd
+            | Self::TdvfElsewhere
+            | Self::TdvfKernel
+            | Self::OneOrder
+            | Self::Unlike
+            | Self::Tdvf { .. }
             | Self::SoftFirmware
             | Self::TwoPayloads
             | Self::Plan(_)
@@ -172,7 +246,21 @@ pub fn run(args: &Args) -> Result<ExitClass, Unpredictable> {
     }
     let mut subject = args.subject.clone();
     subject.config.cpus = args.table.or(subject.config.cpus);
-    let launch = Launch::plan(&subject)?;
+    let launch = match subject.prediction()? {
+        Prediction::Launch(launch) => launch,
+        Prediction::Td(_) if args.table.is_some() => return Err(Unpredictable::Table),
+        Prediction::Td(td) => {
+            let text = if args.json {
+                td::json(&td, args.explain)?
+            } else if args.explain {
+                td::explain(&td)?
+            } else {
+                td::text(&td)?
+            };
+            say(&text)?;
+            return Ok(ExitClass::Success);
+        }
+    };
     let text = if args.json {
         answer::json(&launch, args.explain)?
     } else if args.explain {

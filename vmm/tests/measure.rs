@@ -12,6 +12,8 @@
 
 #[path = "../../snp/tests/images/mod.rs"]
 mod images;
+#[path = "../../tdx/tests/images/mod.rs"]
+mod td_images;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -80,6 +82,11 @@ impl Drop for Inputs {
     }
 }
 
+fn unhex(text: &str) -> Vec<u8> {
+    let digits = text.as_bytes().chunks(2).map(|d| std::str::from_utf8(d).unwrap());
+    digits.map(|d| u8::from_str_radix(d, 16).unwrap()).collect()
+}
+
 /// Compares with a golden file.
 fn same(name: &str, found: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -115,14 +122,142 @@ fn machine_v1_is_frozen() {
     }
 }
 
+#[test]
+fn machine_v1_as_a_td_is_frozen() {
+    let inputs = Inputs::new("golden-td");
+    let flags = ["--platform", "tdx", "--cmdline", "console=ttyS0 ro"];
+    let registers = inputs.guest(&flags);
+    same("v1-tdx-registers.txt", &registers);
+    let steps = inputs.guest(&[&flags[..], &["--explain"]].concat());
+    same("v1-tdx-steps.txt", &steps);
+    let many = inputs.guest(&[&flags[..], &["--cpus", "64", "--memory", "8G"]].concat());
+    assert_eq!(many, registers);
+    let pages = steps.lines().filter(|line| line.contains(" ADD ")).count();
+    assert!(pages <= 20, "{pages} pages");
+    let json = inputs.guest(&[&flags[..], &["--json", "--explain"]].concat());
+    let answer: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(answer["pages"], pages);
+    assert_eq!(answer["extends"], 16 * pages);
+    assert_eq!(answer["measured_bytes"], 4096 * pages);
+    assert_eq!(answer["digest"], answer["mrtd"]);
+    let values = std::iter::once(&answer["mrtd"]).chain(answer["rtmrs"].as_array().unwrap());
+    for (line, value) in registers.lines().zip(values) {
+        assert_eq!(line.split_whitespace().nth(1), value.as_str(), "{line}");
+    }
+    assert_eq!(registers.lines().count(), 5);
+}
+
+/// The registers that a TD extends follow from the listed events, and MRTD is the last step's.
+#[test]
+fn the_registers_of_a_td_follow_from_the_listing() {
+    let inputs = Inputs::new("fold-td");
+    let flags = ["--platform", "tdx"];
+    let mut registers = vec![vec![0; 48]; 4];
+    let mut mrtd = String::new();
+    for line in inputs.guest(&["--platform", "tdx", "--explain"]).lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[0].strip_prefix("RTMR") {
+            Some(index) => {
+                let register = &mut registers[index.parse::<usize>().unwrap()];
+                *register = Sha384::digest([&register[..], &unhex(words[2])].concat()).to_vec();
+                assert_eq!(*register, unhex(words[3]), "{line}");
+            }
+            None => mrtd = words[3].into(),
+        }
+    }
+    let text = inputs.guest(&flags);
+    let mut lines = text.lines().map(|line| line.split_whitespace().nth(1).unwrap());
+    assert_eq!(lines.next(), Some(mrtd.as_str()));
+    let found: Vec<Vec<u8>> = lines.map(unhex).collect();
+    assert_eq!(found, registers);
+    assert_eq!((&found[0], &found[3]), (&vec![0; 48], &vec![0; 48]));
+    let initrd = inputs.measure(&["--kernel", "kernel", "--platform", "tdx"]).1;
+    assert_ne!(initrd.lines().nth(2), text.lines().nth(2));
+    assert_eq!(initrd.lines().nth(3), text.lines().nth(3));
+}
+
+#[test]
+fn a_td_is_compared_with_a_td() {
+    let inputs = Inputs::new("diff-td");
+    for (name, rest) in [
+        ("a", ""),
+        ("cpus", r#","cpus":4"#),
+        ("quiet", ""),
+        ("snp", r#","platform":"snp""#),
+    ] {
+        let cmdline = if name == "quiet" {
+            r#","cmdline":"quiet""#
+        } else {
+            ""
+        };
+        let platform = if name == "snp" { "" } else { r#","platform":"tdx""# };
+        let text = format!(r#"{{"boot":{{"kernel":"kernel"{cmdline}}}{platform}{rest}}}"#);
+        inputs.write(&format!("{name}.json"), text);
+    }
+    let cases = [
+        ("cpus", 0, "the launches are the same"),
+        (
+            "quiet",
+            40,
+            "the contents of \"CONFIG\" differ, first in byte 0x78 of the page at 0x10e000\n\
+             \x20 cmdline: console=ttyS0\n      not: quiet",
+        ),
+        (
+            "snp",
+            2,
+            "cvmm: diff: a TD and another guest have nothing to compare; ",
+        ),
+    ];
+    for (other, expected, says) in cases {
+        let second = format!("{other}.json");
+        let (code, out, err) = inputs.measure(&["--diff", "a.json", &second]);
+        assert_eq!(code, expected, "{other}: {out}{err}");
+        assert!(format!("{out}{err}").contains(says), "{other}: {out}{err}");
+    }
+}
+
+/// Digests by Python's hashlib, as in `tdx/tests/tdvf_images.rs`; `tests/measure` does the same for Debian's image.
+#[test]
+fn firmware_images_of_tds_are_measured_in_both_orders() {
+    let inputs = Inputs::new("tdvf");
+    inputs.write("tdvf", td_images::image(td_images::TDVF, td_images::By::Table));
+    inputs.write(
+        "td-shim",
+        td_images::image(td_images::TD_SHIM, td_images::By::Offset),
+    );
+    let cases: [(&[&str], &str); 4] = [
+        (
+            &["tdvf"],
+            "73a56e3669e2f35288a0f0f14d44416f64a4e51b7c8f1ef46da01c8003422fbee0c211a5392603aa71a4be6af800cfac",
+        ),
+        (
+            &["tdvf", "--two-pass"],
+            "d34ba6451872b449e44d1595f052b252455f8e77c719d23d0be67ae8326f20393c554ebbf85fa6daabcea9ad7458b837",
+        ),
+        (
+            &["td-shim", "--platform", "tdx"],
+            "efe83581f1a3cf1599f60b7d5540ab4713dffd7746dd68b2a266443b57857e6a2de309dc88fedb7823459c5b9fdcc0b4",
+        ),
+        (
+            &["td-shim", "--platform", "tdx", "--two-pass"],
+            "338351fc0b10f262ec7968748d7e0a471a7b4b6582bc106e7c6bd93a7fe77164a12514a993110755d5200ef3d1a10500",
+        ),
+    ];
+    for (flags, expected) in cases {
+        let args = [&["--payload", "tdvf", "--firmware"], flags].concat();
+        let found = inputs.measure(&args);
+        assert_eq!(
+            found,
+            (0, format!("MRTD  {expected}\n"), String::new()),
+            "{flags:?}"
+        );
+    }
+}
+
 /// The listing is enough for somebody who does not trust cvmm's arithmetic.
 #[test]
 fn the_digest_follows_from_the_listed_pages() {
     let inputs = Inputs::new("fold");
-    let unhex = |text: &str| -> Vec<u8> {
-        let digits = text.as_bytes().chunks(2).map(|d| std::str::from_utf8(d).unwrap());
-        digits.map(|d| u8::from_str_radix(d, 16).unwrap()).collect()
-    };
     let mut digest = vec![0; 48];
     for line in inputs.guest(&["--cpus", "3", "--explain"]).lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -359,9 +494,45 @@ fn mistakes_are_named_with_a_remedy() {
             "cvmm: cpus: 0 is not between 1 and 256",
         ),
         (
-            vec!["--kernel", "kernel", "--platform", "tdx"],
-            "cvmm: platform tdx: its digest cannot be predicted yet; ",
+            vec!["--kernel", "kernel", "--platform", "tdx", "--table", "4"],
+            "cvmm: --table: MRTD does not depend on the number of virtual CPUs; leave it out",
         ),
+        (
+            vec!["--kernel", "kernel", "--platform", "tdx", "--policy", "0x30000"],
+            "cvmm: --policy: only an SNP guest has it; ",
+        ),
+        (
+            vec!["--kernel", "kernel", "--platform", "snp", "--two-pass"],
+            "cvmm: --two-pass: only a TD has two possible orders; give --platform tdx",
+        ),
+        (
+            vec!["--platform", "tdx", "--firmware", "text", "--payload", "ovmf"],
+            "cvmm: payload ovmf: that is an image as SNP launches it; give --payload tdvf",
+        ),
+        (
+            vec!["--platform", "snp", "--firmware", "text", "--payload", "tdvf"],
+            "cvmm: payload tdvf: such an image is a TD's; give --platform tdx",
+        ),
+        (
+            vec![
+                "--payload",
+                "tdvf",
+                "--firmware",
+                "text",
+                "--vcpu-type",
+                "EPYC-v4",
+            ],
+            "cvmm: --vcpu-type: registers have no part in MRTD; leave it out",
+        ),
+        (
+            vec!["--payload", "tdvf", "--firmware", "text", "--kernel", "kernel"],
+            "cvmm: kernel: no part of a TDVF image's MRTD",
+        ),
+        (
+            vec!["--payload", "tdvf", "--firmware", "text"],
+            "cvmm: firmware text: a firmware image is 4 KiB to 64 MiB",
+        ),
+        (vec!["--payload", "tdvf"], "--firmware <PATH>"),
         (
             vec!["--kernel", "kernel", "--platform", "soft", "--debug-swap"],
             "cvmm: --debug-swap: only an SNP guest has it; ",

@@ -43,9 +43,6 @@ pub(crate) const TD_SHIM: &[Row] = &[
     (0, 0, 0x200_0000, 0x1000_0000, 4, 2),
 ];
 
-/// What `rig/examples/mrtd.py` computes the digest of: 64 KiB of code at the end of 4 GiB.
-pub(crate) const PLAIN: &[Row] = &[(0, 0x10000, 0xffff_0000, 0x10000, 0, 1)];
-
 fn guid(text: &str) -> Vec<u8> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let bytes: Vec<u8> = (0..16)

@@ -14,7 +14,7 @@ use crate::config::{Blob32, PlatformName};
 use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
-const SCHEMA: u32 = 1;
+pub(super) const SCHEMA: u32 = 1;
 
 #[derive(Serialize)]
 struct Answer<'a> {
@@ -49,10 +49,20 @@ enum What<'a> {
 }
 
 #[derive(Serialize)]
-struct File<'a> {
+pub(super) struct File<'a> {
     path: &'a Path,
     bytes: u64,
     sha256: String,
+}
+
+impl<'a> File<'a> {
+    pub(super) fn of(path: &'a Path, blob: &Blob) -> Self {
+        Self {
+            path,
+            bytes: blob.len,
+            sha256: Hex(&blob.sha256).to_string(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -83,16 +93,11 @@ impl From<&Step> for JsonStep {
 }
 
 fn what(launch: &Launch) -> What<'_> {
-    let file = |path, blob: &Blob| File {
-        path,
-        bytes: blob.len,
-        sha256: Hex(&blob.sha256).to_string(),
-    };
     let boot = &launch.config.boot;
     match &launch.source {
         Source::Shim(payload) => What::Shim {
-            kernel: boot.kernel.as_deref().map(|path| file(path, &payload.kernel)),
-            initrd: boot.initrd.as_deref().map(|path| file(path, &payload.initrd)),
+            kernel: boot.kernel.as_deref().map(|path| File::of(path, &payload.kernel)),
+            initrd: boot.initrd.as_deref().map(|path| File::of(path, &payload.initrd)),
             cmdline: &payload.cmdline,
         },
         Source::Ovmf(source) => What::Ovmf(source),

@@ -6,19 +6,26 @@ use std::path::Path;
 use shim::config::Blob;
 use snp::explain;
 
-use super::launch::{Launch, Source};
-use super::{Subject, Unpredictable};
+use super::launch::Source;
+use super::{Prediction, Subject, Unpredictable, td};
 use crate::hex::Hex;
 
 /// The comparison in words, and whether the digests are the same. `flags` are laid over both files.
 pub(super) fn compare(flags: &Subject, left: &Path, right: &Path) -> Result<(String, bool), Unpredictable> {
-    let plan = |file: &Path| {
-        Launch::plan(&Subject {
+    let described = |file: &Path| {
+        let subject = Subject {
             file: Some(file.into()),
             ..flags.clone()
-        })
+        };
+        Subject::prediction(&subject)
     };
-    let (l, r) = (plan(left)?, plan(right)?);
+    let (l, r) = match (described(left)?, described(right)?) {
+        (Prediction::Launch(l), Prediction::Launch(r)) => (l, r),
+        (Prediction::Td(l), Prediction::Td(r)) => return Ok(td::compare((&l, left), (&r, right))?),
+        (Prediction::Launch(_), Prediction::Td(_)) | (Prediction::Td(_), Prediction::Launch(_)) => {
+            return Err(Unpredictable::Unlike);
+        }
+    };
     let mut text = String::new();
     for (launch, file) in [(&l, left), (&r, right)] {
         let _ = writeln!(text, "{} {}", launch.digest()?, file.display());
@@ -36,14 +43,14 @@ pub(super) fn compare(flags: &Subject, left: &Path, right: &Path) -> Result<(Str
     Ok((text, false))
 }
 
-fn differ<T: PartialEq + Display>(text: &mut String, field: &str, left: T, right: T) {
+pub(super) fn differ<T: PartialEq + Display>(text: &mut String, field: &str, left: T, right: T) {
     if left != right {
         let _ = writeln!(text, "  {field}: {left}\n  {:>1$}: {right}", "not", field.len());
     }
 }
 
 #[derive(PartialEq)]
-struct Shown<'a>(&'a Blob);
+pub(super) struct Shown<'a>(pub(super) &'a Blob);
 
 impl Display for Shown<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -49,7 +49,7 @@ impl Launch {
             PlatformName::Soft if firmware.is_some() => return Err(Unpredictable::SoftFirmware),
             PlatformName::Soft => Mode::Soft,
             PlatformName::Auto | PlatformName::Snp => Mode::Snp,
-            PlatformName::Tdx => return Err(Unpredictable::Tdx),
+            PlatformName::Tdx => return Err(Unpredictable::NotSnp),
         };
         if mode == Mode::Soft {
             check_absent(&config.snp)?;

@@ -22,19 +22,19 @@ use crate::spec::file::{FileError, InputFile};
     reason = "clap would take the text for the command's description"
 )]
 pub struct Ovmf {
-    /// What the launch consists of [default: ovmf if --firmware is given, else shim]
+    /// What the launch consists of [default: shim, and if --firmware is given tdvf on TDX, else ovmf]
     #[arg(long, value_name = "NAME")]
     pub payload: Option<PayloadName>,
-    /// OVMF image, the .fd file that holds the code
-    #[arg(long, value_name = "PATH", required_if_eq("payload", "ovmf"))]
+    /// OVMF or td-shim image, the file that holds the code
+    #[arg(long, value_name = "PATH", required_if_eq_any([("payload", "ovmf"), ("payload", "tdvf")]))]
     pub firmware: Option<PathBuf>,
-    /// With a firmware image: QEMU's name for the type of the virtual CPUs
-    #[arg(long, value_name = "NAME", default_value = "EPYC-v4", requires = "firmware")]
-    pub vcpu_type: String,
-    /// With a firmware image: who launches it
-    #[arg(long, value_name = "NAME", default_value = "qemu", requires = "firmware")]
-    pub vmm_type: VmmType,
-    /// With a firmware image: SEV_FEATURES as the host sets them [default: 0x1, and what --debug-swap and
+    /// With a firmware image on SNP: QEMU's name for the type of the virtual CPUs [default: EPYC-v4]
+    #[arg(long, value_name = "NAME", requires = "firmware")]
+    pub vcpu_type: Option<String>,
+    /// With a firmware image on SNP: who launches it [default: qemu]
+    #[arg(long, value_name = "NAME", requires = "firmware")]
+    pub vmm_type: Option<VmmType>,
+    /// With a firmware image on SNP: SEV_FEATURES as the host sets them [default: 0x1, and what --debug-swap and
     /// --secure-tsc add]
     #[arg(long, value_name = "HEX", requires = "firmware")]
     pub guest_features: Option<Number>,
@@ -45,8 +45,10 @@ pub struct Ovmf {
 pub enum PayloadName {
     /// A kernel through cvmm's shim, as `cvmm run` launches it
     Shim,
-    /// An OVMF image
+    /// An OVMF image as an SNP guest
     Ovmf,
+    /// A TDVF (OVMF) or td-shim image as a TD
+    Tdvf,
 }
 
 /// Who launches a firmware image.
@@ -95,6 +97,22 @@ impl Ovmf {
         }
     }
 
+    /// Refuses what has no part in a TD's digest.
+    pub(super) fn check_td(&self) -> Result<(), Unpredictable> {
+        if self.payload == Some(PayloadName::Ovmf) {
+            return Err(Unpredictable::OvmfAsTd);
+        }
+        let given = [
+            ("--vcpu-type", self.vcpu_type.is_some()),
+            ("--vmm-type", self.vmm_type.is_some()),
+            ("--guest-features", self.guest_features.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Unpredictable::NoRegisters { flag }),
+            None => Ok(()),
+        }
+    }
+
     /// Features that were asked for by number.
     pub(super) fn features(&self) -> Option<SevFeatures> {
         self.guest_features.map(|bits| SevFeatures::from_bits(bits.0))
@@ -108,13 +126,15 @@ pub(super) fn plan(
     boot: &Boot,
     cpus: u32,
 ) -> Result<(Source, LaunchPlan), Unpredictable> {
+    let vcpu_type = options.vcpu_type.as_deref().unwrap_or("EPYC-v4");
+    let vmm_type = options.vmm_type.unwrap_or(VmmType::Qemu);
     let unknown = || Unpredictable::VcpuType {
-        name: options.vcpu_type.clone(),
+        name: vcpu_type.into(),
     };
-    let signature = CpuSignature::named(&options.vcpu_type).ok_or_else(unknown)?;
+    let signature = CpuSignature::named(vcpu_type).ok_or_else(unknown)?;
     let hashes = hashes(boot)?;
     let guest = Guest {
-        flavour: match options.vmm_type {
+        flavour: match vmm_type {
             VmmType::Qemu => Flavour::Qemu,
             VmmType::Ec2 => Flavour::Ec2,
             VmmType::Gce => Flavour::Gce,
@@ -132,15 +152,15 @@ pub(super) fn plan(
     let plan = image.plan(&guest)?;
     let source = Source {
         firmware: firmware.into(),
-        vmm_type: options.vmm_type,
-        vcpu_type: options.vcpu_type.clone(),
+        vmm_type,
+        vcpu_type: vcpu_type.into(),
         kernel_hashes: hashes.map(Hashes),
     };
     Ok((source, plan))
 }
 
 /// One byte more than an image may have.
-const IMAGE_MAX: usize = (64 << 20) + 1;
+pub(super) const IMAGE_MAX: usize = (64 << 20) + 1;
 
 /// Hashes as QEMU makes them with `-kernel`: of whatever the files hold.
 fn hashes(boot: &Boot) -> Result<Option<KernelHashes>, Unpredictable> {
