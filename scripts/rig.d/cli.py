@@ -25,12 +25,12 @@ scripts/rig certs                         the folder of the emulated SNP host's 
                                           vcek.pem) and of the table for its guests (certs.table)
 scripts/rig console|list|down [--name N]  L1's kernel log; the L1s that are up; end one
 
-OPTION: --snp (an emulated SEV-SNP host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
+OPTION: --snp or --tdx (an emulated SEV-SNP or TDX host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
 --with-qemu (QEMU in L1 as /opt/qemu/run), --append WORDS (for L1's kernel), --timeout S, --env K=V, --stdin, and
 --raw (each key goes to COMMAND at once, as a guest's console wants it; Ctrl-] ends).
 
-L1 is Debian's newest kernel with KVM and busybox. Its console and QEMU's messages are in the L1's folder
-under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
+L1 is Debian's newest kernel (--tdx: built from its source) with KVM and busybox. Its console and QEMU's messages
+are in the L1's folder under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
 """
 RIG_FAILED = 125
 MEMORY_MIN = 512
@@ -43,6 +43,7 @@ def _parser(verb):
     parser.add_argument("-h", "--help", action="store_true")
     if verb in ("run", "up"):
         parser.add_argument("--snp", dest="kind", action="store_const", const="snp", default="plain")
+        parser.add_argument("--tdx", dest="kind", action="store_const", const="tdx")
         parser.add_argument("--cpus", type=int, default=1)
         parser.add_argument("--memory", type=int, default=2500, metavar="MB")
         parser.add_argument("--file", action="append", default=[], metavar="SRC[:DST]")

@@ -13,6 +13,7 @@ import kernel
 import patched_qemu
 import programs
 import snp_keys
+import tdx_kernel
 from initramfs import Initramfs
 from report import RigError, say
 
@@ -26,9 +27,13 @@ SNP_CPU = (
     "max,vendor=AuthenticAMD,family=25,model=1,stepping=1,phys-bits=48,-hypervisor,-la57,+svm,+npt,+nrip-save,"
     "+decodeassists,+flushbyasid,+lbrv,snp-emu=on"
 )
+TDX_CPU = "max,vendor=GenuineIntel,family=6,model=173,stepping=1,phys-bits=48,-hypervisor,-la57,-svm,-mpx,-pks,-pku,tdx-emu=on"
+# KVM gives a TD no more vCPUs than the host has CPUs, online or not: L1 has this many and uses those asked for.
+TD_CPUS = 8
 APPEND = {
     "plain": "",
     "snp": "printk.devkmsg=on",
+    "tdx": "printk.devkmsg=on kvm_intel.tdx=1 kvm_intel.nested=0",
 }
 
 
@@ -60,12 +65,18 @@ def command(spec, folder):
             ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", BASE_CPU]
     else:
         words = [str(patched_qemu.binary()), *base.firmware]
-        machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi", "-cpu", SNP_CPU]
+        cpu = SNP_CPU if spec.kind == "snp" else TDX_CPU
+        machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi", "-cpu", cpu]
+    if spec.kind == "snp":
         machine += ["-device", "amd-iommu,intremap=off"]
         machine += ["-device", f"psp-emu,trace=off,host-checks=off,vcek={snp_keys.secret()}"]
     vmlinuz, initrd = boot_files(spec)
     append = f"console=ttyS0 panic=-1 mitigations=off cvmm.role=l1 {APPEND[spec.kind]} {spec.append}"
-    words += [*machine, "-smp", str(spec.cpus), "-m", str(spec.memory), "-nodefaults", "-nographic", "-no-reboot"]
+    cpus = spec.cpus
+    if spec.kind == "tdx":
+        cpus = max(spec.cpus, TD_CPUS)
+        append += f" maxcpus={spec.cpus}"
+    words += [*machine, "-smp", str(cpus), "-m", str(spec.memory), "-nodefaults", "-nographic", "-no-reboot"]
     words += ["-serial", f"file:{folder}/console.log", "-kernel", vmlinuz, "-initrd", initrd]
     words += ["-device", f"virtio-serial-pci,max_ports={PORTS + 1}", "-device", "virtio-rng-pci"]
     for port in range(PORTS):
@@ -83,16 +94,20 @@ def command(spec, folder):
 
 def boot_files(spec):
     """(vmlinuz, initrd) of L1."""
-    debian = kernel.newest("amd64")
-    modules = [*MODULES, "kvm-intel"] if spec.kind == "plain" and native_kvm() else MODULES
     busybox, program = programs.busybox(), programs.guest_program()
-    key = cache.key(busybox[-4096:], program, debian.release, " ".join(modules), HERE / "machine.py", HERE / "initramfs.py")
+    if spec.kind == "tdx":
+        vmlinuz, release, modules = tdx_kernel.image(), "TDX", []
+    else:
+        debian = kernel.newest("amd64")
+        vmlinuz, release = debian.vmlinuz, debian.release
+        modules = [*MODULES, "kvm-intel"] if spec.kind == "plain" and native_kvm() else MODULES
+    key = cache.key(busybox[-4096:], program, release, " ".join(modules), HERE / "machine.py", HERE / "initramfs.py")
 
     def make(folder):
-        say(f"making the initramfs of L1 for Linux {debian.release}")
-        (folder / "initrd").write_bytes(_initramfs(busybox, program, debian.modules(modules)))
+        say(f"making the initramfs of L1 for Linux {release}")
+        (folder / "initrd").write_bytes(_initramfs(busybox, program, debian.modules(modules) if modules else []))
 
-    return debian.vmlinuz, cache.made(f"l1/{key}", make) / "initrd"
+    return vmlinuz, cache.made(f"l1/{key}", make) / "initrd"
 
 
 def _initramfs(busybox, program, modules):

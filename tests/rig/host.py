@@ -89,7 +89,7 @@ class Host:
         for flavour in ("amd64", "cloud"):
             places[self.files[f"{flavour}_kernel"]] = f"/root/{flavour}-kernel"
             places[self.files[f"{flavour}_initrd"]] = f"/root/{flavour}-initrd"
-        options = ["--snp"] if self.kind == "snp" else []
+        options = [] if self.kind == "plain" else [f"--{self.kind}"]
         for source, place in places.items():
             options += ["--file", f"{source}:{place}"]
         began = time.monotonic()
@@ -152,7 +152,7 @@ class Host:
         words = f"console=hvc0 quiet cvmm.run={run} {cmdline}".strip()
         command = [
             "--kernel", kernel or f"/root/{flavour}-kernel", "--initrd", initrd or f"/root/{flavour}-initrd", "--cmdline", words,
-            "--platform", "snp" if self.kind == "snp" else "soft", "--console", "file=/root/console",
+            "--platform", "soft" if self.kind == "plain" else self.kind, "--console", "file=/root/console",
             *arguments,
         ]  # fmt: skip
         settings = {"TIMEOUT": timeout, "EXTRA": extra, "NET": "1" if net else "", **env}

@@ -46,6 +46,7 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
             "vsock-listen" => vsock_listen(wanted),
             "rng" => rng(),
             "report" => attest(wanted),
+            "registers" => registers(),
             "idle" => bench::idle(wanted),
             "bench-disk" => bench::disk(wanted),
             "bench-net" => bench_net(wanted),
@@ -303,6 +304,22 @@ fn attest(wanted: &CommandLine) -> io::Result<String> {
         "{provider} {} bytes measurement {measurement}",
         bytes.len()
     ))
+}
+
+/// The TD's measurement registers as the kernel shows them, before and after this program extends the last one.
+fn registers() -> io::Result<String> {
+    let before = report::registers()?;
+    report::extend("rtmr3:sha384", &[0x5a; 48])?;
+    let extended = report::registers()?
+        .into_iter()
+        .find(|(name, _)| name == "rtmr3:sha384")
+        .map(|(_, value)| hex(&value))
+        .unwrap_or_default();
+    let shown: Vec<String> = before
+        .iter()
+        .map(|(name, value)| format!("{name}={}", hex(value)))
+        .collect();
+    Ok(format!("{} extended={extended}", shown.join(" ")))
 }
 
 /// Stays until the power button.

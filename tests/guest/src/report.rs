@@ -10,6 +10,7 @@ use crate::endpoint;
 const NONCE_BYTES: usize = 64;
 const MAX_REPORT: usize = 64 << 10;
 const TSM: &str = "/sys/kernel/config/tsm/report";
+const REGISTERS: &str = "/sys/devices/virtual/misc/tdx_guest/measurements";
 
 /// Fetches a report over the nonce; says which provider gave it.
 pub(crate) fn fetch(nonce: &[u8]) -> io::Result<(String, Vec<u8>)> {
@@ -22,6 +23,23 @@ pub(crate) fn fetch(nonce: &[u8]) -> io::Result<(String, Vec<u8>)> {
     let provider = fs::read_to_string(entry.join("provider"))?.trim().to_owned();
     fs::remove_dir(&entry)?;
     Ok((provider, report))
+}
+
+/// Names and values of a TD's measurement registers, by name.
+pub(crate) fn registers() -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(REGISTERS)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        found.push((name, fs::read(entry.path())?));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Extends one of a TD's run-time registers by a digest.
+pub(crate) fn extend(name: &str, digest: &[u8]) -> io::Result<()> {
+    fs::write(Path::new(REGISTERS).join(name), digest)
 }
 
 /// The guest's half of [`collect`]: takes a nonce from the host, answers with the report's length and bytes.
