@@ -27,16 +27,19 @@ def _code(bits, zeros):
 
 def bzimage():
     """The payload as a bzImage of boot protocol 2.15."""
+    return wrap_bzimage(bytes(0x200) + _code(64, 64).ljust(96, b"\0"), 0x1_0000, _code(16, 0))
+
+
+def wrap_bzimage(body, init_bytes, real_code=b""):
+    """A program with its 64-bit entry at 0x200 as a bzImage of boot protocol 2.15, which needs so many bytes of memory."""
     setup = bytearray((1 + SETUP_SECTORS) * SECTOR)
-    program = _code(64, 64).ljust(96, b"\0")
-    body = bytes(0x200) + program
     real = 0x268
-    setup[real : real + 32] = _code(16, 0).ljust(32, b"\x90")
+    setup[real : real + 32] = real_code.ljust(32, b"\x90")
     fields = [
         (0x1F1, "<B", SETUP_SECTORS), (0x1F4, "<I", len(body) // 16 + 1), (0x1FE, "<H", 0xAA55),
         (0x200, "<B", 0xEB), (0x201, "<B", real - 0x202), (0x206, "<H", 0x20F), (0x211, "<B", 1),
         (0x214, "<I", LOAD), (0x22C, "<I", 0x7FFFFFFF), (0x230, "<I", 0x20_0000), (0x234, "<B", 1), (0x236, "<H", 1),
-        (0x238, "<I", 2047), (0x258, "<Q", 0x100_0000), (0x260, "<I", 0x1_0000),
+        (0x238, "<I", 2047), (0x258, "<Q", 0x100_0000), (0x260, "<I", init_bytes),
     ]
     for at, form, value in fields:
         struct.pack_into(form, setup, at, value)
@@ -46,13 +49,17 @@ def bzimage():
 
 def pvh():
     """The payload as an ELF file with a PVH note."""
-    code = _code(32, LOAD + 64).ljust(96, b"\0")
-    note = struct.pack("<III4sI", 4, 4, XEN_ELFNOTE_PHYS32_ENTRY, b"Xen\0", LOAD)
+    return wrap_pvh(_code(32, LOAD + 64).ljust(96, b"\0"), LOAD, LOAD, 0)
+
+
+def wrap_pvh(code, load_at, entry, zeros):
+    """A program as an ELF file with a PVH note: where it lies, where its 32-bit entry is, how many zeros follow it."""
+    note = struct.pack("<III4sI", 4, 4, XEN_ELFNOTE_PHYS32_ENTRY, b"Xen\0", entry)
     text, notes = 0x1000, 0x100
     header = struct.pack(
-        "<16sHHIIIIIHHHHHH", b"\x7fELF\x01\x01\x01", 2, 3, 1, LOAD, 52, 0, 0, 52, 32, 2, 40, 0, 0
+        "<16sHHIIIIIHHHHHH", b"\x7fELF\x01\x01\x01", 2, 3, 1, entry, 52, 0, 0, 52, 32, 2, 40, 0, 0
     )
-    load = struct.pack("<IIIIIIII", 1, text, LOAD, LOAD, len(code), len(code), 7, 0x1000)
+    load = struct.pack("<IIIIIIII", 1, text, load_at, load_at, len(code), len(code) + zeros, 7, 0x1000)
     noted = struct.pack("<IIIIIIII", 4, notes, 0, 0, len(note), len(note), 4, 4)
     file = bytearray(text + len(code))
     for at, data in ((0, header + load + noted), (notes, note), (text, code)):

@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.dont_write_bytecode = True
 
+import hostile  # noqa: E402
 import snp  # noqa: E402
 import soft  # noqa: E402
 from host import Host, L1Hung  # noqa: E402
 
-SUITES = [("plain", soft.TESTS), ("snp", snp.TESTS)]
+SUITES = [("plain", [*soft.TESTS, *hostile.TESTS]), ("snp", [*snp.TESTS, *hostile.TESTS])]
 
 
 def run_one(name, test, host):

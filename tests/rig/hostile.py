@@ -1,0 +1,72 @@
+"""The hostile guest of tests/hostile under cvmm on the real KVM of an L1, on either platform."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from host import RIG, ROOT
+
+sys.path.insert(0, str(ROOT / "tests/hostile"))
+import run as cases  # noqa: E402
+
+# What cvmm may hold more at the end than after the first seconds: its allocator keeps freed pages.
+RSS_GROWTH_KIB = 8192
+EVENTS_MAX, STDERR_MAX = 20_000, 200_000
+SCRIPT = r"""
+cd /root; rm -f hconsole hevents hv hv_*; : > hconsole
+[ -f hd ] || { truncate -s 16M hd; truncate -s 16M hro; }
+[ -d /sys/class/net/tap0 ] || { tunctl -t tap0 && ip link set tap0 up; } >/dev/null 2>&1
+timeout -s KILL 900 ./cvmm run --platform PLATFORM --memory 128M --kernel hostile --cmdline 'CMDLINE' --disk hd \
+    --disk hro,ro --rng --net tap=tap0 --vsock cid=42,uds=/root/hv --console file=hconsole --events hevents 2>herr &
+PID=$!
+while kill -0 $PID 2>/dev/null; do
+    echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) $(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)"
+    sleep 2
+done 2>/dev/null
+wait $PID; echo "code $?"
+echo "sizes $(wc -l < hevents) $(wc -c < herr)"
+tail -c 300 herr
+echo "=== console"; tr -d '\000' < hconsole
+"""
+
+
+def hostile_guest(host, only=""):
+    """Every case that applies, all of them PASS or REJECT, each as recorded; nothing grows meanwhile."""
+    platform = "snp" if host.kind == "snp" else "soft"
+    held = []
+
+    def start(words):
+        script = SCRIPT.replace("PLATFORM", platform).replace("CMDLINE", words)
+        _, text = host.shell(script, 960, check=False)
+        log, _, console = text.partition("=== console\n")
+        held.append(log)
+        return console, re.sub(r"held .*\n", "", log)[-200:]
+
+    with tempfile.TemporaryDirectory() as folder:
+        image = cases.build(folder)["bzimage"]
+        subprocess.run([RIG, "push", "--name", host.name, f"{image}:/root/hostile"], check=True)
+    results = cases.play(start, f"mode={platform} ecam=e0000000 ram=8000000" + (f" only={only}" if only else ""))
+    print(cases.table({f"cvmm {platform}": results}), flush=True)
+    bad = [f"{o.case} {o.device}: {o.verdict} {o.why}" for o in results if o.verdict not in cases.GOOD]
+    assert not bad, "\n".join(bad)
+    return _bounded(held)
+
+
+def _bounded(logs):
+    """Descriptors, threads, memory, events and messages of every life."""
+    notes = []
+    for log in logs:
+        samples = [tuple(map(int, m)) for m in re.findall(r"held (\d+) (\d+) (\d+)", log)]
+        events, messages = map(int, re.search(r"sizes (\d+) (\d+)", log).groups())
+        # The first sample may be of a cvmm that has not opened everything.
+        first, last = samples[min(2, len(samples) - 1)], samples[-1]
+        assert last[0] <= first[0] + 2 and last[1] <= first[1] + 2, f"descriptors, threads: {first} -> {last}"
+        assert last[2] <= first[2] + RSS_GROWTH_KIB, f"resident KiB: {first[2]} -> {last[2]}"
+        assert events <= EVENTS_MAX and messages <= STDERR_MAX, f"{events} events, {messages} bytes of messages"
+        notes.append(f"{first[2]} -> {last[2]} KiB, {events} events")
+    return "; ".join(notes)
+
+
+TESTS = [hostile_guest]
