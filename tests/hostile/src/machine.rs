@@ -31,10 +31,8 @@ pub(crate) fn mode() -> Mode {
 pub(crate) const ARENA: u64 = 0x120_0000;
 /// Its length.
 pub(crate) const ARENA_LEN: u64 = 0x20_0000;
-/// Memory that is private on SNP and for conversions elsewhere.
+/// Memory that is private on SNP and for conversions elsewhere: 2 MiB.
 pub(crate) const PRIVATE: u64 = 0x1c0_0000;
-/// Its length.
-pub(crate) const PRIVATE_LEN: u64 = 0x20_0000;
 /// Offset of the view through which memory is seen as the host sees it.
 const SHARED_VIEW: u64 = 1 << 39;
 const C_BIT: u64 = 1 << 51;

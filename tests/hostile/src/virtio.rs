@@ -1,7 +1,7 @@
 //! The driver's side of virtio-pci with split rings, without any of a driver's good manners: every value can be
 //! written anywhere.
 
-use crate::machine::{load, mmio_read, mmio_write, store, ticks};
+use crate::machine::{ARENA, load, mmio_read, mmio_write, store, ticks};
 use crate::pci::Function;
 
 /// Kinds of devices (virtio 1.2, "Device Types").
@@ -112,6 +112,9 @@ impl Ring {
     }
 }
 
+/// Where rings lie that stay empty.
+const IDLE: Ring = Ring::at(ARENA + 0x1e_0000);
+
 /// Writes a descriptor into any table.
 pub(crate) fn descriptor(table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
     let at = table + u64::from(index) * 16;
@@ -136,6 +139,8 @@ pub(crate) enum Reaction {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Device {
     pub(crate) function: Function,
+    /// Queues without which the device does not start, apart from the one under attack.
+    companions: &'static [u16],
     pub(crate) common: u64,
     pub(crate) notify: u64,
     multiplier: u64,
@@ -150,6 +155,7 @@ impl Device {
         let (notify, capability) = function.structure(2)?;
         Some(Self {
             function,
+            companions: if kind == VSOCK { &[0, 2] } else { &[] },
             common: function.structure(1)?.0,
             notify,
             multiplier: mmio_read::<u32>(function.0 + capability + 16).into(),
@@ -234,8 +240,12 @@ impl Device {
         }
     }
 
-    /// Starts the device.
+    /// Starts the device, with empty rings in the queues that it also needs.
     pub(crate) fn go(&self) {
+        for (queue, ring) in self.companions.iter().zip([IDLE, Ring::at(IDLE.used + 0x1000)]) {
+            ring.clear();
+            self.set_queue(*queue, SIZE, ring);
+        }
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
