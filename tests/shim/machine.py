@@ -82,7 +82,7 @@ class Machine:
     @staticmethod
     def record(staged, named):
         blob = staged if named is None else named
-        return struct.pack("<Q32s", len(blob), hashlib.sha256(blob).digest())
+        return struct.pack("<Q32s", len(blob), hashlib.sha256(blob).digest() if blob else b"")
 
     def staging(self):
         initrd_at = -(-(UNIT + len(self.kernel)) // UNIT) * UNIT
@@ -206,16 +206,17 @@ class Protected(Machine):
     def __init__(self):
         super().__init__()
         self.large_pages, self.refuse_page, self.replayed_page, self.forgotten_page = True, None, None, None
-        self.usable = []
+        self.usable = set()
 
     def make_usable(self, gpa, size):
         """Maps whole units at their first page: one mapping per page would take the emulator minutes."""
         assert gpa % size == 0, f"{gpa:#x} is not aligned"
         assert gpa not in self.launched, f"{gpa:#x} is part of the launch"
         assert gpa < max(self.low_top, UNIT) or gpa >= 1 << 32, f"{gpa:#x} is no RAM"
-        pages = range(gpa, gpa + size, PAGE)
+        pages = set(range(gpa, gpa + size, PAGE))
+        assert not pages & self.usable, f"{gpa:#x} became usable before"
         length = UNIT if gpa % UNIT == 0 and gpa else size
         if gpa != self.forgotten_page and (gpa < UNIT or gpa % UNIT == 0):
             self.uc.mem_map(gpa, length)
             self.uc.mem_write(gpa, b"\xdb" * length)
-        self.usable += pages
+        self.usable |= pages

@@ -36,6 +36,8 @@ from unicorn.x86_const import (
 
 RESET = (ROOT / "shim/v1-reset.bin").read_bytes()
 RESET_PAGE, MAILBOX = 0xFFFFF000, 0x10F000
+# The first MOV to CR0 in the page.
+CLEARS_PAGING = RESET_PAGE + RESET.index(b"\x0f\x22\xc0")
 TDCALL = b"\x66\x0f\x01\xcc"
 SHARED = 1 << 39
 EFER = 0xC0000080
@@ -109,6 +111,7 @@ class Td(Protected):
         uc.reg_write(UC_X86_REG_RSP, 0xBAD)
         uc.reg_write(UC_X86_REG_RIP, STARTER)
         uc.hook_add(UC_HOOK_CODE, self.reset, None, 0xFFFFFFF0, 0xFFFFFFF0)
+        uc.hook_add(UC_HOOK_CODE, self.clear_paging, None, CLEARS_PAGING, CLEARS_PAGING)
         if self.trap_at is not None:
             uc.hook_add(UC_HOOK_CODE, self.virtualization_exception, None, self.trap_at, self.trap_at)
 
@@ -117,6 +120,9 @@ class Td(Protected):
         assert uc.msr_read(EFER) == 0x100, "long mode is enabled and not active"
         for register in (UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDX):
             uc.reg_write(register, 0xBAD)
+
+    def clear_paging(self, uc, rip, size, _):
+        assert not uc.reg_read(UC_X86_REG_CR4) & (1 << 17 | 1 << 23), "a processor would refuse: PCIDE or CET"
 
     def virtualization_exception(self, uc, rip, size, _):
         base = uc.reg_read(UC_X86_REG_IDTR)[1]
@@ -147,7 +153,7 @@ class Td(Protected):
         assert cr0 & 0x80000021 == 0x80000021 and cr4 & 0x60 == 0x60, "bits that the module fixes"
         assert self.uc.msr_read(EFER) == 0x500
         leaf = self.uc.reg_read(UC_X86_REG_RAX)
-        self.tdcalls.append(leaf)
+        self.tdcalls.append((leaf, rip))
         leaves = {0: self.vmcall, 1: self.info, 2: self.extend, 6: self.accept}
         self.uc.reg_write(UC_X86_REG_RAX, leaves[leaf]())
         self.uc.reg_write(UC_X86_REG_RIP, rip + 4)
