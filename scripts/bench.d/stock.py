@@ -5,12 +5,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cache
+import archive
 import guest
 import local
 import nested
 import vmms
-from archive import Suite
 
 QEMU = ["/opt/qemu/run"]
 IN_L1 = dict(
@@ -128,12 +127,4 @@ def snp(results, cvmm, runs):
 
 def ovmf():
     """Debian's OVMF for SEV with kernel hashes."""
-    suite = Suite("sid")
-    version, _ = suite.candidate("ovmf-amdsev")
-
-    def fetch(folder):
-        suite.unpack("ovmf-amdsev", folder / "tree")
-        shutil.move(next((folder / "tree").rglob("OVMF.amdsev.fd")), folder / "OVMF.amdsev.fd")
-        shutil.rmtree(folder / "tree")
-
-    return cache.made(f"ovmf-amdsev/{version.replace(':', '_')}", fetch) / "OVMF.amdsev.fd"
+    return archive.packaged("ovmf-amdsev", "OVMF.amdsev.fd")

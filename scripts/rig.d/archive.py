@@ -167,3 +167,16 @@ class Suite:
         """The newest version of the source package."""
         shown = self._asked("apt-cache", "showsrc", "--only-source", package)
         return re.findall(r"(?m)^Version: (.*)$", shown)[0]
+
+
+def packaged(package, name):
+    """The file called name of a package of Debian unstable, kept in the cache."""
+    suite = Suite("sid")
+    version, _ = suite.candidate(package)
+
+    def fetch(folder):
+        suite.unpack(package, folder / "tree")
+        shutil.move(next((folder / "tree").rglob(name)), folder / name)
+        shutil.rmtree(folder / "tree")
+
+    return cache.made(f"{package}/{version.replace(':', '_')}", fetch) / name
