@@ -1,5 +1,7 @@
 //! Real quotes against the collateral that Intel published for them.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use tdx::quote::parse;
 use tdx::quote::verify::{ChainFault, Collateral, TcbLevel, verify as verify_quote};
 

@@ -15,6 +15,7 @@ use crate::ending::{Ending, ExitClass, RunError, exit_code_table};
 use crate::events::{Event, Events, EventsError};
 use crate::id_block;
 use crate::measure::{self, Unpredictable};
+use crate::quote;
 use crate::report;
 use crate::signals::Signals;
 use crate::sink::{self, Level};
@@ -81,6 +82,16 @@ Examples:
     cvmm report outblob --certs auxblob --root $(scripts/rig certs)/ark.pem
 ";
 
+const QUOTE_EXAMPLES: &str = "\
+Examples:
+  A quote, as a TDX guest finds it below /sys/kernel/config/tsm/report/NAME, of the guest that was predicted:
+    cvmm measure --platform tdx --config guest.json --json > predicted.json
+    cvmm quote outblob --collateral collateral.json --measure-json predicted.json --nonce 5f3c...
+
+  What a quote states, and whether it was changed, without knowing who made it (exit code 40):
+    cvmm quote outblob
+";
+
 /// Launches confidential virtual machines (AMD SEV-SNP, Intel TDX) on Linux and KVM.
 ///
 /// cvmm boots the unmodified kernel of a distribution in a guest whose memory this host cannot read, measured by a
@@ -126,6 +137,12 @@ enum Command {
     /// if one fails.
     #[command(after_long_help = REPORT_EXAMPLES)]
     Report(Box<report::Args>),
+    /// Read and verify an attestation quote of a TDX guest
+    ///
+    /// Prints a line for each check, and what the quote states. The exit code is 0 only if every check passes, and 40
+    /// if one fails or if there is no collateral to verify the signer with.
+    #[command(after_long_help = QUOTE_EXAMPLES)]
+    Quote(Box<quote::Args>),
     /// Say what this host can do, what is missing, and how to mend it
     Doctor(doctor::Args),
 }
@@ -172,6 +189,8 @@ enum Failure {
     IdBlock(#[from] id_block::Unsigned),
     #[error(transparent)]
     Report(#[from] report::Unreadable),
+    #[error(transparent)]
+    Quote(#[from] quote::Unreadable),
 }
 
 impl Failure {
@@ -183,6 +202,7 @@ impl Failure {
             Self::Measure(e) => e.class(),
             Self::IdBlock(e) => e.class(),
             Self::Report(e) => e.class(),
+            Self::Quote(e) => e.class(),
         }
     }
 }
@@ -197,6 +217,7 @@ pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, 
         Command::Measure(args) => close(measure::run(&args)),
         Command::IdBlock(args) => close(id_block::run(&args)),
         Command::Report(args) => close(report::run(&args)),
+        Command::Quote(args) => close(quote::run(&args)),
         Command::Doctor(args) => doctor::run(&args),
     }
 }

@@ -15,6 +15,7 @@ use snp::report::{CertificateError, Expected, ReportError, check};
 
 use crate::config::{Blob32, Policy};
 use crate::ending::ExitClass;
+use crate::evidence::Unread;
 use crate::hex::padded;
 use crate::measure::say;
 use crate::spec::file::FileError;
@@ -74,7 +75,7 @@ pub struct Certificates {
 }
 
 /// The end of the year 9999, the last that a certificate can state.
-const LAST_SECOND: u64 = 253_402_300_799;
+pub(crate) const LAST_SECOND: u64 = 253_402_300_799;
 
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "What the report has to state")]
@@ -118,18 +119,15 @@ pub struct Wishes {
 /// A report that cannot be examined.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// A file.
+    /// A file of certificates.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Standard input or output.
-    #[error("{doing}")]
-    Stream {
-        /// What was being done.
-        doing: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
+    /// The report's file, or standard input.
+    #[error(transparent)]
+    Unread(#[from] Unread),
+    /// Standard output.
+    #[error("writing to standard output")]
+    Unwritten(#[source] io::Error),
     /// No report.
     #[error("report")]
     Report(#[from] ReportError),
@@ -151,9 +149,10 @@ impl Unreadable {
     /// The class that decides cvmm's exit code.
     pub fn class(&self) -> ExitClass {
         match self {
-            Self::Stream { .. } => ExitClass::HostFailed,
+            Self::Unwritten(_) | Self::Unread(Unread::Stdin { .. }) => ExitClass::HostFailed,
             Self::Chain(CertificateError::NoIntermediate | CertificateError::NoRoot) => ExitClass::Mismatch,
             Self::File(_)
+            | Self::Unread(Unread::File(_))
             | Self::Report(_)
             | Self::Certs(_)
             | Self::NoSigner
@@ -180,10 +179,7 @@ pub fn run(args: &Args) -> Result<ExitClass, Unreadable> {
     } else {
         answer.to_string()
     };
-    say(&text).map_err(|source| Unreadable::Stream {
-        doing: "writing to standard output",
-        source,
-    })?;
+    say(&text).map_err(Unreadable::Unwritten)?;
     Ok(if answer.verified() {
         ExitClass::Success
     } else {

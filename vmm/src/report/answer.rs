@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use snp::report::{Expected, Failure, Report, Signer};
 
+use crate::checks::{Check, Status};
 use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
@@ -20,23 +21,6 @@ pub(super) struct Answer {
     verified: bool,
     checks: Vec<Check>,
     report: Fields,
-}
-
-#[derive(Serialize, Debug)]
-struct Check {
-    name: &'static str,
-    status: Status,
-    /// Reasons of a failure, else what the report states.
-    found: String,
-}
-
-#[derive(Serialize, Clone, Copy, Debug, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-enum Status {
-    Ok,
-    Failed,
-    /// Nothing is expected of it.
-    NotCompared,
 }
 
 /// What the report states; true only if it verifies.
@@ -148,12 +132,7 @@ impl Answer {
                 .filter(|failure| check_of(failure) == name)
                 .map(ToString::to_string)
                 .collect();
-            let (status, found) = match (reasons.is_empty(), compared) {
-                (false, _) => (Status::Failed, reasons.join("; ")),
-                (true, true) => (Status::Ok, stated),
-                (true, false) => (Status::NotCompared, stated),
-            };
-            Check { name, status, found }
+            Check::of(name, &reasons, compared, stated)
         };
         let hex = |bytes: &[u8]| Hex(bytes).to_string();
         Self {
@@ -190,13 +169,8 @@ impl Answer {
 
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Check { name, status, found } in &self.checks {
-            let (mark, note) = match status {
-                Status::Ok => ("ok", ""),
-                Status::Failed => ("FAILED", ""),
-                Status::NotCompared => ("-", " (not compared)"),
-            };
-            writeln!(f, "{mark:<6} {name:<12} {found}{note}")?;
+        for check in &self.checks {
+            writeln!(f, "{check}")?;
         }
         let anonymous = |check: &Check| check.name == MEASUREMENT && check.status == Status::NotCompared;
         f.write_str(match self.verified {
