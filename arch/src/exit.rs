@@ -43,6 +43,8 @@ pub enum Exit<'a> {
 /// Exit that is opaque to everyone but its platform.
 #[derive(Debug)]
 pub struct PlatformExit<'a> {
+    /// Index of the vCPU.
+    pub vcpu: u32,
     /// Raw `kvm_run.exit_reason`.
     pub reason: u32,
     /// The union behind it in `kvm_run` (offset 32), where the platform reads arguments and leaves answers.

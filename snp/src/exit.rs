@@ -229,6 +229,7 @@ mod tests {
         put(&mut body, 0, &6u32.to_ne_bytes());
         put(&mut body, 8, &0x0001_0100_u64.to_ne_bytes());
         let exit = PlatformExit {
+            vcpu: 0,
             reason: 24,
             body: &mut body,
         };
@@ -239,6 +240,7 @@ mod tests {
         put(&mut body, 0, &7u32.to_ne_bytes());
         assert!(
             SnpExit::decode(PlatformExit {
+                vcpu: 0,
                 reason: 24,
                 body: &mut body
             })
@@ -246,6 +248,7 @@ mod tests {
         );
         assert!(
             SnpExit::decode(PlatformExit {
+                vcpu: 0,
                 reason: 40,
                 body: &mut body
             })
@@ -266,6 +269,7 @@ mod tests {
             put(&mut body, 0, &0x7000_u64.to_ne_bytes());
             put(&mut body, 8, &2_u64.to_ne_bytes());
             let exit = PlatformExit {
+                vcpu: 0,
                 reason: 43,
                 body: &mut body,
             };

@@ -49,8 +49,8 @@ pub struct Capabilities {
     pub xfam: u64,
     /// Bits of R11 in `TDG.VP.VMCALL<GetTdVmCallInfo>` leaf 1 that user space may claim for what it serves.
     pub user_calls: u64,
-    /// Configurable CPUID: a set bit is one that INIT_VM may set. Leaf 0x80000008 has all ones in EAX bits 23:16,
-    /// where a TD's guest-physical address width goes.
+    /// Configurable CPUID: a set bit is one that INIT_VM may set. Every entry has a sub-leaf, 0 where the leaf has none.
+    /// Leaf 0x80000008 has all ones in EAX bits 23:16, where a TD's guest-physical address width goes.
     pub cpuid: CpuidTable,
 }
 

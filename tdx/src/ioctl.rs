@@ -115,6 +115,23 @@ fn with_room(head: usize, room: usize) -> Vec<u64> {
 }
 
 /// The `struct kvm_cpuid2` that begins at word `head`.
+///
+/// The kernel sets no flags in its list of configurable leaves; the index always counts there.
+fn read_configurable(buffer: &[u64], head: usize) -> CpuidTable {
+    let mut table = read_table(buffer, head);
+    for (entry, index) in table.0.iter_mut().zip(indices(buffer, head)) {
+        entry.subleaf = Some(index);
+    }
+    table
+}
+
+/// The indices of all entries, whether they count or not.
+fn indices(buffer: &[u64], head: usize) -> impl Iterator<Item = u32> {
+    let firsts = buffer.iter().skip(head.saturating_add(1)).step_by(ENTRY);
+    firsts.map(|word| split(*word).1)
+}
+
+/// The `struct kvm_cpuid2` that begins at word `head`.
 fn read_table(buffer: &[u64], head: usize) -> CpuidTable {
     let count = buffer.get(head).map_or(0, |word| split(*word).0);
     let entries = buffer.get(head.saturating_add(1)..).unwrap_or_default();
@@ -172,7 +189,7 @@ impl TdxCommands for KvmTdx {
             attributes: word(0),
             xfam: word(1),
             user_calls: word(3),
-            cpuid: read_table(&buffer, CAPABILITIES_HEAD),
+            cpuid: read_configurable(&buffer, CAPABILITIES_HEAD),
         })
     }
 
@@ -300,5 +317,15 @@ mod tests {
         let mut lies = with_room(0, 2);
         lies[0] = u64::MAX;
         assert_eq!(read_table(&lies, 0).0.len(), 2);
+    }
+
+    #[test]
+    fn sub_leaves_count_in_the_list_of_configurable_leaves_without_their_flag() {
+        let mut buffer = with_room(0, 2);
+        buffer[1] = halves(7, 1);
+        buffer[6] = halves(0x1f, 2);
+        let of = |table: CpuidTable| -> Vec<_> { table.0.iter().map(|e| (e.leaf, e.subleaf)).collect() };
+        assert_eq!(of(read_configurable(&buffer, 0)), [(7, Some(1)), (0x1f, Some(2))]);
+        assert_eq!(of(read_table(&buffer, 0)), [(7, None), (0x1f, None)]);
     }
 }

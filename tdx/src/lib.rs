@@ -2,15 +2,22 @@
 //! this crate knows what the TDX module and KVM demand and what the guest's owner can check.
 #![deny(unsafe_code)]
 
+pub mod attributes;
 mod bytes;
 pub mod commands;
+pub mod cpuid;
 pub mod error;
+pub mod exit;
 pub mod explain;
 pub mod get_quote;
+pub mod host;
 pub mod ioctl;
+pub mod launch;
 pub mod measure;
 pub mod model;
+pub mod platform;
 pub mod qgs;
 pub mod quote;
 pub mod rtmr;
+mod seam;
 pub mod tdvf;

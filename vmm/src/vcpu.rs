@@ -329,6 +329,7 @@ mod tests {
                     wants: *wants,
                 },
                 Scripted::Platform(reason, body) => Exit::Platform(PlatformExit {
+                    vcpu: 0,
                     reason: *reason,
                     body,
                 }),

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 pub(super) const HC_MAP_GPA_RANGE: u64 = 12;
 /// Bit of `KVM_HC_MAP_GPA_RANGE`'s attributes that asks for the private side.
 pub(super) const MAP_GPA_RANGE_ENCRYPTED: u64 = 1 << 4;
+pub(super) const CAP_APIC_BUS_CYCLES_NS: u32 = 237;
 pub(super) const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 pub(super) const EXIT_UNKNOWN: u32 = 0;
 pub(super) const EXIT_TDX: u32 = 40;

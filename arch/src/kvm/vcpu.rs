@@ -179,6 +179,14 @@ impl Vcpu {
         Ok(self.fd.set_xcrs(&xcrs)?)
     }
 
+    /// Frequency of the time-stamp counter as the vCPU has it (`KVM_GET_TSC_KHZ`).
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tsc_khz(&self) -> io::Result<u32> {
+        Ok(self.fd.get_tsc_khz()?)
+    }
+
     /// Lets the vCPU wait as if halted, until another one starts it. An SNP guest's AP needs this.
     ///
     /// # Errors
@@ -246,7 +254,7 @@ impl Vcpu {
         if reason == KVM_EXIT_IO {
             return Ok(self.port_io());
         }
-        decode(reason, self.body()).ok_or(RunError::UnknownExit { index, reason })
+        decode(index, reason, self.body()).ok_or(RunError::UnknownExit { index, reason })
     }
 
     /// Lets KVM finish what the last exit interrupted, without running the guest. Usually that leaves nothing to
@@ -306,7 +314,7 @@ fn qword(body: &[u8; 256], at: usize) -> u64 {
 }
 
 /// Turns `kvm_run` into an [`Exit`]. Offsets are those of the structs in Linux 7.2, include/uapi/linux/kvm.h.
-fn decode(reason: u32, body: &mut [u8; 256]) -> Option<Exit<'_>> {
+fn decode(vcpu: u32, reason: u32, body: &mut [u8; 256]) -> Option<Exit<'_>> {
     Some(match reason {
         KVM_EXIT_MMIO => {
             let gpa = Gpa(qword(body, 0));
@@ -355,7 +363,7 @@ fn decode(reason: u32, body: &mut [u8; 256]) -> Option<Exit<'_>> {
             data: [qword(body, 8), qword(body, 16), qword(body, 24), qword(body, 32)],
         },
         KVM_EXIT_SYSTEM_EVENT | uapi::EXIT_TDX | uapi::EXIT_SNP_REQ_CERTS => {
-            Exit::Platform(PlatformExit { reason, body })
+            Exit::Platform(PlatformExit { vcpu, reason, body })
         }
         _ => return None,
     })
@@ -438,7 +446,7 @@ mod tests {
             pages,
             to,
             reply,
-        }) = decode(KVM_EXIT_HYPERCALL, &mut raw)
+        }) = decode(0, KVM_EXIT_HYPERCALL, &mut raw)
         else {
             panic!("not a conversion");
         };
@@ -474,10 +482,10 @@ mod tests {
         ];
         for (reason, fields, expected) in cases {
             let mut raw = body(fields);
-            assert_eq!(format!("{:?}", decode(*reason, &mut raw).unwrap()), *expected);
+            assert_eq!(format!("{:?}", decode(0, *reason, &mut raw).unwrap()), *expected);
         }
-        assert!(decode(KVM_EXIT_HYPERCALL, &mut body(&[(0, 99)])).is_none());
-        assert!(decode(9999, &mut body(&[])).is_none());
+        assert!(decode(0, KVM_EXIT_HYPERCALL, &mut body(&[(0, 99)])).is_none());
+        assert!(decode(0, 9999, &mut body(&[])).is_none());
     }
 
     #[test]

@@ -102,6 +102,14 @@ impl Vm {
         Ok(self.fd.enable_cap(&request)?)
     }
 
+    /// Length of a cycle of the local APICs' timers, which is 1 ns otherwise. No vCPU may exist.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_apic_bus_cycle(&self, nanoseconds: u64) -> io::Result<()> {
+        self.enable(uapi::CAP_APIC_BUS_CYCLES_NS, nanoseconds)
+    }
+
     /// Maps `region` into the guest at its own address. With `private`, the guest's private accesses go to
     /// that guest_memfd at that offset instead. The mapping is kept alive until the slot is removed.
     ///
