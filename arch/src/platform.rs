@@ -1,6 +1,7 @@
 //! The seam between the machine and its confidential platform: three phases, three traits. Chosen once at
 //! run time; there is no cargo feature and no `cfg`.
 
+use std::io;
 use std::sync::Arc;
 
 use crate::addr::PageRange;
@@ -159,4 +160,9 @@ pub trait Sealed: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The host cannot serve it; the VM ends.
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError>;
+    /// What the guest did if `KVM_RUN` fails with `error`; `None` if that can only be the host's fault.
+    fn explain_failure(&self, error: &io::Error) -> Option<String> {
+        let _ = error;
+        None
+    }
 }

@@ -6,6 +6,8 @@ use std::fmt;
 
 use arch::exit::PlatformExit;
 
+use crate::get_quote::ReplyCode;
+
 const EXIT_SYSTEM_EVENT: u32 = 24;
 const EXIT_TDX: u32 = 40;
 const SYSTEM_EVENT_TDX_FATAL: u32 = 7;
@@ -18,18 +20,6 @@ const NUMBER: usize = 8;
 const RETURN: usize = 16;
 const ARGUMENT: usize = 24;
 const ARGUMENT_2: usize = 32;
-
-/// What a call returns (GHCI, "TDG.VP.VMCALL Completion-Status Codes").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-pub enum CallStatus {
-    /// Done.
-    Success = 0,
-    /// Not now; the guest tries again.
-    Retry = 1,
-    /// An argument makes no sense.
-    InvalidOperand = 0x8000_0000_0000_0000,
-}
 
 /// Words for an error code of the measured firmware; `None` if it is none of its codes.
 pub type OwnReasons = fn(u32) -> Option<String>;
@@ -94,14 +84,14 @@ fn put(body: &mut [u8; 256], at: usize, value: u64) {
 
 impl Call<'_> {
     /// Answers.
-    pub fn answer(self, status: CallStatus) {
+    pub fn answer(self, status: ReplyCode) {
         put(self.body, RETURN, status as u64);
     }
 
     /// Answers [`TdxExit::GetInfo`]: `calls` has a bit for each optional call that is served.
     pub fn answer_info(self, calls: u64) {
         put(self.body, ARGUMENT_2, calls);
-        self.answer(CallStatus::Success);
+        self.answer(ReplyCode::Success);
     }
 }
 
@@ -318,7 +308,7 @@ mod tests {
         match decode(&mut quote) {
             TdxExit::GetQuote { gpa, bytes, call } => {
                 assert_eq!((gpa, bytes), (0x1234, 0x2000));
-                call.answer(CallStatus::InvalidOperand);
+                call.answer(ReplyCode::InvalidOperand);
             }
             other => panic!("{other:?}"),
         }

@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::Duration;
 
-use arch::addr::PAGE_SIZE;
+use arch::addr::{Gpa, PAGE_SIZE};
 use arch::platform::{LaunchPage, PageKind};
 use arch::x86::cpuid::CpuidTable;
 
@@ -14,6 +14,7 @@ use crate::attributes;
 use crate::commands::{Capabilities, InitVm, MemRegion, Page, TdxCommands};
 use crate::cpuid;
 use crate::error::{Refusal, TdxError};
+use crate::measure::{Measurement, Mrtd};
 
 /// What is fixed when the launch begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +99,7 @@ pub struct Launching<C> {
     /// What the vCPUs get, once it has been negotiated.
     agreed: Option<CpuidTable>,
     waiting: Vec<LaunchPage>,
+    mrtd: Mrtd,
     user_calls: u64,
 }
 
@@ -129,6 +131,7 @@ impl<C: TdxCommands> Launching<C> {
             configured: init.cpuid,
             agreed: None,
             waiting: Vec::new(),
+            mrtd: Mrtd::new(),
             user_calls: may.user_calls,
         })
     }
@@ -202,6 +205,12 @@ impl<C: TdxCommands> Launching<C> {
             source: &source,
             measured: page.kind != PageKind::Unmeasured,
         };
+        for (contents, at) in source.iter().zip((region.gpa..).step_by(4096)) {
+            self.mrtd.add(Gpa(at));
+            if region.measured {
+                self.mrtd.extend(Gpa(at), &contents.0);
+            }
+        }
         let mut stalled = 0;
         while !region.source.is_empty() {
             let before = region.source.len();
@@ -227,16 +236,16 @@ impl<C: TdxCommands> Launching<C> {
         Ok(())
     }
 
-    /// Seals the TD. The commands come back.
+    /// Seals the TD. The commands come back, with the MRTD that its reports will state.
     ///
     /// # Errors
     /// What kernel or module refuses. The VM must be destroyed then.
-    pub fn finish(mut self) -> Result<C, TdxError> {
+    pub fn finish(mut self) -> Result<(C, Measurement), TdxError> {
         if self.agreed.is_none() {
             return Err(TdxError::NoVcpu);
         }
         patiently(&[libc::EBUSY], || self.commands.finalize_vm())?;
-        Ok(self.commands)
+        Ok((self.commands, self.mrtd.digest()))
     }
 }
 

@@ -7,17 +7,20 @@ use arch::addr::{Gpa, PAGE_SIZE, PageRange};
 use arch::exit::PlatformExit;
 use arch::kvm::gmem::Gmem;
 use arch::kvm::vcpu::Vcpu;
-use arch::kvm::vm::Vm;
+use arch::kvm::vm::{MsiMessage, Vm};
 use arch::mem::{Visibility, map};
 use arch::platform::{Foundation, Launch, LaunchPage, Platform, PlatformError, PlatformFlow, Sealed};
 use arch::x86::cpuid::CpuidTable;
 use arch::x86::regs::BootState;
 
 use crate::cpuid;
-use crate::exit::{CallStatus, OwnReasons, TdxExit, notify_vector};
+use crate::exit::{OwnReasons, TdxExit, notify_vector};
+use crate::get_quote::{QuoteService, ReplyCode};
 use crate::host;
 use crate::ioctl::KvmTdx;
 use crate::launch::{LaunchConfig, Launching};
+use crate::measure::Measurement;
+use crate::qgs::Address;
 
 /// Name in messages and on the command line.
 const NAME: &str = "tdx";
@@ -39,13 +42,26 @@ const CALL_SETUP_NOTIFY: u64 = 1 << 1;
 #[derive(Debug)]
 pub struct Tdx {
     config: LaunchConfig,
+    quotes: Option<Address>,
     reasons: OwnReasons,
+    digest: Arc<Mutex<Option<Measurement>>>,
 }
 
 impl Tdx {
-    /// A platform for one launch; `reasons` knows the codes with which the measured firmware gives up.
-    pub fn new(config: LaunchConfig, reasons: OwnReasons) -> Self {
-        Self { config, reasons }
+    /// A platform for one launch. `quotes` is where quotes come from; `reasons` knows the codes with which the
+    /// measured firmware gives up.
+    pub fn new(config: LaunchConfig, quotes: Option<Address>, reasons: OwnReasons) -> Self {
+        Self {
+            config,
+            quotes,
+            reasons,
+            digest: Arc::default(),
+        }
+    }
+
+    /// Where MRTD appears once the guest is sealed.
+    pub fn digest(&self) -> Arc<Mutex<Option<Measurement>>> {
+        Arc::clone(&self.digest)
     }
 }
 
@@ -85,13 +101,24 @@ impl Platform for Tdx {
         let launching =
             Launching::begin(commands, &self.config, on.cpuid).map_err(error("beginning the launch"))?;
         let reset = reset_page(&on.vm).map_err(error("making the page of the reset vector"))?;
+        let listener = Arc::new(Listener {
+            vm: on.vm,
+            target: Mutex::default(),
+        });
+        let to_tell = Arc::clone(&listener);
+        let quotes = QuoteService::new(on.shared, self.quotes.clone(), Box::new(move || to_tell.tell()));
         let guest = Guest {
             reset,
             reasons: self.reasons,
             calls: launching.user_calls() & CALL_SETUP_NOTIFY,
-            notify: Mutex::default(),
+            listener,
+            quotes: quotes.map_err(error("starting the thread for quotes"))?,
         };
-        Ok(Box::new(TdxLaunch { launching, guest }))
+        Ok(Box::new(TdxLaunch {
+            launching,
+            guest,
+            digest: Arc::clone(&self.digest),
+        }))
     }
 }
 
@@ -107,6 +134,7 @@ fn reset_page(vm: &Vm) -> io::Result<Gmem> {
 struct TdxLaunch {
     launching: Launching<KvmTdx>,
     guest: Guest,
+    digest: Arc<Mutex<Option<Measurement>>>,
 }
 
 impl Launch for TdxLaunch {
@@ -131,7 +159,8 @@ impl Launch for TdxLaunch {
     }
 
     fn seal(self: Box<Self>) -> Result<Box<dyn Sealed>, PlatformError> {
-        self.launching.finish().map_err(error("sealing the guest"))?;
+        let (_, digest) = self.launching.finish().map_err(error("sealing the guest"))?;
+        *self.digest.lock().unwrap_or_else(PoisonError::into_inner) = Some(digest);
         Ok(Box::new(self.guest))
     }
 }
@@ -153,6 +182,10 @@ fn tsc_words(khz: u32) -> String {
     }
 }
 
+/// `EIO` from `KVM_RUN`: the guest's doing on a sound host, and KVM's word for a VM that it has given up.
+const DEAD: &str = "it touched private memory that it had not accepted, or KVM has given the TD up \
+     (`dmesg | grep -i tdx` on the host tells which)";
+
 /// A sealed guest.
 #[derive(Debug)]
 struct Guest {
@@ -162,8 +195,36 @@ struct Guest {
     reasons: OwnReasons,
     /// Optional calls that are served, as GetTdVmCallInfo lists them.
     calls: u64,
-    /// Whom to tell of events: vCPU and vector.
-    notify: Mutex<Option<(u32, u8)>>,
+    listener: Arc<Listener>,
+    quotes: QuoteService,
+}
+
+/// The vCPU that wants to hear of events.
+#[derive(Debug)]
+struct Listener {
+    vm: Arc<Vm>,
+    /// Its index, and the vector.
+    target: Mutex<Option<(u32, u8)>>,
+}
+
+impl Listener {
+    fn setup(&self, vcpu: u32, vector: u64) -> ReplyCode {
+        let Some(vector) = notify_vector(vector) else {
+            return ReplyCode::InvalidOperand;
+        };
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some((vcpu, vector));
+        ReplyCode::Success
+    }
+
+    /// A guest that has set up nothing polls.
+    fn tell(&self) {
+        let target = *self.target.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((vcpu, vector)) = target
+            && let Err(e) = self.vm.signal(MsiMessage::to_vcpu(vcpu, vector))
+        {
+            log::warn!("the guest is not told that its quote is there: {e}");
+        }
+    }
 }
 
 /// An exit that no TD makes.
@@ -171,16 +232,6 @@ struct Guest {
 #[error("KVM_RUN left with reason {reason}, which no TD causes; report this as a bug in cvmm")]
 pub struct UnknownExit {
     reason: u32,
-}
-
-impl Guest {
-    fn setup_notify(&self, vcpu: u32, vector: u64) -> CallStatus {
-        let Some(vector) = notify_vector(vector) else {
-            return CallStatus::InvalidOperand;
-        };
-        *self.notify.lock().unwrap_or_else(PoisonError::into_inner) = Some((vcpu, vector));
-        CallStatus::Success
-    }
 }
 
 impl Sealed for Guest {
@@ -192,13 +243,20 @@ impl Sealed for Guest {
                 return Ok(PlatformFlow::Terminated(fatal.words(self.reasons)));
             }
             // KVM has put down that the call is not served.
-            Some(TdxExit::GetQuote { .. } | TdxExit::Unknown { .. }) => {}
+            Some(TdxExit::Unknown { number }) => {
+                log::debug!("the guest makes call {number:#x}, which is not served");
+            }
+            Some(TdxExit::GetQuote { gpa, bytes, call }) => call.answer(self.quotes.request(gpa, bytes)),
             Some(TdxExit::GetInfo { leaf: 1, call }) => call.answer_info(self.calls),
-            Some(TdxExit::GetInfo { call, .. }) => call.answer(CallStatus::InvalidOperand),
-            Some(TdxExit::SetupNotify { vector, call }) => call.answer(self.setup_notify(vcpu, vector)),
+            Some(TdxExit::GetInfo { call, .. }) => call.answer(ReplyCode::InvalidOperand),
+            Some(TdxExit::SetupNotify { vector, call }) => call.answer(self.listener.setup(vcpu, vector)),
             None => return Err(error("handling an exit")(unknown)),
         }
         Ok(PlatformFlow::Resume)
+    }
+
+    fn explain_failure(&self, error: &io::Error) -> Option<String> {
+        (error.raw_os_error() == Some(libc::EIO)).then(|| DEAD.to_owned())
     }
 }
 

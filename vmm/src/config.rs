@@ -1,8 +1,10 @@
 //! What the user asks for: one model that the command line and `--config FILE.json` both fill in. Nothing here
 //! touches the host; `crate::spec` turns a `Config` into a checked machine.
 
+mod blob;
 mod net;
 mod snp;
+mod tdx;
 mod text;
 
 use std::fs::File;
@@ -12,8 +14,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+pub use blob::{Blob, Blob32, Blob48};
 pub use net::{Backend, Mac, Net};
-pub use snp::{Blob32, Policy, Snp};
+pub use snp::{Policy, Snp};
+pub use tdx::{Attributes, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
 
 /// Everything about one machine. An absent field means its default, which [`Config::with_defaults`] fills in.
@@ -58,6 +62,13 @@ pub struct Config {
         reason = "clap would take the text for the command's description"
     )]
     pub snp: Snp,
+    #[command(flatten)]
+    #[serde(skip_serializing_if = "is_default")]
+    #[expect(
+        missing_docs,
+        reason = "clap would take the text for the command's description"
+    )]
+    pub tdx: Tdx,
     #[command(flatten)]
     #[serde(skip_serializing_if = "is_default")]
     #[expect(
@@ -251,6 +262,7 @@ impl Config {
                 ..self.devices
             },
             snp: self.snp.overlaid(flags.snp),
+            tdx: self.tdx.overlaid(flags.tdx),
             notify: Notify {
                 events: flags.notify.events.or(self.notify.events),
                 no_reboot: flags.notify.no_reboot || self.notify.no_reboot,

@@ -4,11 +4,14 @@ mod soft;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use arch::measurement::{MeasureError, Measurement};
 use arch::platform::{LaunchPlan, Platform};
 use shim::reason::Reason;
-use snp::measure::{self, MeasureError, Measurement};
+use snp::measure;
 use snp::platform::Snp;
 use snp::vmsa::SevFeatures;
+use tdx::measure::Order;
+use tdx::platform::Tdx;
 
 use crate::plan::Mode;
 use crate::spec::PlatformSpec;
@@ -40,7 +43,23 @@ pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
             let launched = Launched(Some(snp.digest()));
             (Box::new(snp), launched)
         }
+        PlatformSpec::Tdx(spec) => {
+            let tdx = Tdx::new(spec.config.clone(), None, td_reason);
+            let launched = Launched(Some(tdx.digest()));
+            (Box::new(tdx), launched)
+        }
     }
+}
+
+/// Upper bits of the code of a fatal error that the shim reports; the lowest byte is the reason.
+const TD_FATAL_MARK: u32 = 0x6376_6d00;
+
+/// The shim's reason in words; `None` if the code is none of the shim's.
+fn td_reason(code: u32) -> Option<String> {
+    let [reason, ..] = code.to_le_bytes();
+    let ours = code & !0xff == TD_FATAL_MARK;
+    ours.then(|| Reason::from_code(reason))?
+        .map(|reason| reason.to_string())
 }
 
 /// How the shim is entered on a platform.
@@ -48,6 +67,7 @@ pub fn mode(spec: &PlatformSpec) -> Mode {
     match spec {
         PlatformSpec::Soft => Mode::Soft,
         PlatformSpec::Snp(_) => Mode::Snp,
+        PlatformSpec::Tdx(_) => Mode::Tdx,
     }
 }
 
@@ -59,6 +79,7 @@ pub fn predict(spec: &PlatformSpec, plan: &LaunchPlan) -> Result<Measurement, Me
     let features = match spec {
         PlatformSpec::Soft => SevFeatures::SNP,
         PlatformSpec::Snp(spec) => spec.config.features,
+        PlatformSpec::Tdx(_) => return tdx::measure::mrtd(plan, Order::SinglePass),
     };
     measure::digest(plan, features)
 }

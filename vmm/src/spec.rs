@@ -12,19 +12,20 @@ pub mod payload;
 pub mod size;
 pub mod snp;
 pub mod socket;
+pub mod tdx;
 
 use std::path::PathBuf;
 
 use devices::console::{Console as HostConsole, ConsoleError};
 
-use ::snp::host::Missing;
 use disk::{DiskError, DiskSpec};
-use host::{HostFacts, HostLack};
+use host::{Chosen, HostFacts, HostLack};
 use net::{NetError, NetSpec};
 use payload::{Payload, PayloadError};
 use size::SizeError;
 use snp::{SnpOptionError, SnpSpec};
 use socket::SocketError;
+use tdx::{TdxOptionError, TdxSpec};
 
 use crate::config::{Config, Console, Devices, PlatformName, Size, Vsock};
 use crate::ending::ExitClass;
@@ -57,6 +58,8 @@ pub enum PlatformSpec {
     Soft,
     /// AMD SEV-SNP.
     Snp(SnpSpec),
+    /// Intel TDX.
+    Tdx(TdxSpec),
 }
 
 impl PlatformSpec {
@@ -65,6 +68,7 @@ impl PlatformSpec {
         match self {
             Self::Soft => "soft",
             Self::Snp(_) => "snp",
+            Self::Tdx(_) => "tdx",
         }
     }
 }
@@ -127,6 +131,9 @@ pub enum SpecError {
     /// Options of SNP.
     #[error(transparent)]
     Snp(#[from] SnpOptionError),
+    /// Options of TDX.
+    #[error(transparent)]
+    Tdx(#[from] TdxOptionError),
     /// The host.
     #[error(transparent)]
     Host(#[from] HostLack),
@@ -210,25 +217,17 @@ impl MachineSpec {
 }
 
 fn resolve_platform(config: &Config, facts: HostFacts) -> Result<PlatformSpec, SpecError> {
-    let name = config.platform.unwrap_or(PlatformName::Auto);
-    let has_tdx = facts.offers_tdx();
-    let missing = match (name, facts.snp) {
-        (PlatformName::Soft, _) => {
-            snp::check_absent(&config.snp)?;
-            return Ok(PlatformSpec::Soft);
-        }
-        (PlatformName::Tdx, _) if has_tdx => return Err(HostLack::TdxUnsupported.into()),
-        (PlatformName::Tdx, _) => return Err(HostLack::Tdx.into()),
-        (PlatformName::Auto | PlatformName::Snp, Some(Ok(host))) => {
-            return Ok(PlatformSpec::Snp(SnpSpec::check(&config.snp, &host)?));
-        }
-        (PlatformName::Auto | PlatformName::Snp, Some(Err(missing))) => missing,
-        (PlatformName::Auto | PlatformName::Snp, None) => Missing::Cpu,
-    };
-    Err(match name {
-        PlatformName::Auto if has_tdx => HostLack::TdxUnsupported.into(),
-        PlatformName::Auto => HostLack::NoProtection(missing).into(),
-        PlatformName::Soft | PlatformName::Snp | PlatformName::Tdx => HostLack::Snp(missing).into(),
+    let chosen = facts.choose(config.platform.unwrap_or(PlatformName::Auto))?;
+    if !matches!(chosen, Chosen::Snp(_)) {
+        snp::check_absent(&config.snp)?;
+    }
+    if !matches!(chosen, Chosen::Tdx) {
+        tdx::check_absent(&config.tdx)?;
+    }
+    Ok(match chosen {
+        Chosen::Soft => PlatformSpec::Soft,
+        Chosen::Snp(host) => PlatformSpec::Snp(SnpSpec::check(&config.snp, &host)?),
+        Chosen::Tdx => PlatformSpec::Tdx(TdxSpec::of(&config.tdx)),
     })
 }
 

@@ -64,8 +64,8 @@ pub struct Services {
 pub enum Flow {
     /// Enter the guest again.
     Resume,
-    /// The guest triple-faulted.
-    Crashed,
+    /// The guest did what no guest survives; in words.
+    Crashed(String),
     /// The guest ended itself; the reason in words.
     Terminated(String),
 }
@@ -125,7 +125,10 @@ pub struct Memory {
 /// # Errors
 /// The VM must end; nothing that a guest can do lands here on a sane host, but for faults that never end.
 pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result<Flow, VcpuError> {
-    let mut next = serve(vcpu.enter()?, memory, to)?;
+    let mut next = match vcpu.enter() {
+        Ok(exit) => serve(exit, memory, to)?,
+        Err(e) => return failed(e, to),
+    };
     loop {
         match next {
             Served::Flow(flow) => return Ok(flow),
@@ -139,6 +142,16 @@ pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result
             }
         }
     }
+}
+
+/// Guest or host: only the platform can tell.
+fn failed(error: RunError, to: &Services) -> Result<Flow, VcpuError> {
+    if let RunError::Run { source, .. } = &error
+        && let Some(why) = to.platform.explain_failure(source)
+    {
+        return Ok(Flow::Crashed(why));
+    }
+    Err(error.into())
 }
 
 /// What serving an exit leads to.
@@ -191,7 +204,7 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
             });
         }
         Exit::Interrupted => {}
-        Exit::Shutdown => return Ok(Served::Flow(Flow::Crashed)),
+        Exit::Shutdown => return Ok(Served::Flow(Flow::Crashed("triple fault".into()))),
         Exit::EntryFailed(reason) => return Err(VcpuError::EntryFailed(reason)),
         Exit::Internal { suberror, data } => return Err(VcpuError::Internal { suberror, data }),
     }
@@ -240,8 +253,8 @@ fn wrong_side(
 pub enum VcpuEnd {
     /// It was told to stop.
     Stopped,
-    /// The guest triple-faulted.
-    Crashed,
+    /// The guest did what no guest survives; in words.
+    Crashed(String),
     /// The guest ended itself; the reason in words.
     Terminated(String),
     /// The vCPU cannot go on.
@@ -261,7 +274,7 @@ pub fn run(vcpu: &mut Vcpu, to: &Services, stop: &AtomicBool) -> VcpuEnd {
     while !stop.load(Ordering::Acquire) {
         match step(vcpu, &mut memory, to) {
             Ok(Flow::Resume) => {}
-            Ok(Flow::Crashed) => return VcpuEnd::Crashed,
+            Ok(Flow::Crashed(why)) => return VcpuEnd::Crashed(why),
             Ok(Flow::Terminated(why)) => return VcpuEnd::Terminated(why),
             Err(e) => return VcpuEnd::Failed(e),
         }
@@ -518,7 +531,10 @@ mod tests {
     #[test]
     fn endings() {
         let (to, _) = services(Works);
-        assert_eq!(once(Scripted::Shutdown, &to).0.unwrap(), Flow::Crashed);
+        assert_eq!(
+            once(Scripted::Shutdown, &to).0.unwrap(),
+            Flow::Crashed("triple fault".into())
+        );
         let (flow, _) = once(Scripted::Platform(24, Box::new([0; 256])), &to);
         assert_eq!(flow.unwrap(), Flow::Terminated("reason 24".into()));
         let refused = once(Scripted::EntryFailed, &to).0.unwrap_err();

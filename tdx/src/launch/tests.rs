@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 
-use arch::addr::{Gpa, PageRange};
+use arch::addr::PageRange;
+use arch::platform::LaunchPlan;
 use arch::x86::cpuid::CpuidEntry;
 
 use super::*;
 use crate::attributes::{BadAttributes, SEPT_VE_DISABLE};
 use crate::commands::Command;
+use crate::measure::{self, Order};
 
 /// What the fake does at a command, once.
 #[derive(Clone, Copy, Debug)]
@@ -171,7 +173,7 @@ fn page(kind: PageKind, at: u64, fill: &[u8]) -> LaunchPage {
     }
 }
 
-fn launch(mut fake: &mut Fake, pages: &[LaunchPage], vcpus: u32) -> Result<(), TdxError> {
+fn launch(mut fake: &mut Fake, pages: &[LaunchPage], vcpus: u32) -> Result<Measurement, TdxError> {
     let mut launching = Launching::begin(&mut fake, &LaunchConfig::default(), offered())?;
     for page in pages {
         launching.add(page)?;
@@ -179,7 +181,7 @@ fn launch(mut fake: &mut Fake, pages: &[LaunchPage], vcpus: u32) -> Result<(), T
     for index in 0..vcpus {
         launching.add_vcpu(&mut { index }, index)?;
     }
-    launching.finish().map(|_| ())
+    launching.finish().map(|(_, mrtd)| mrtd)
 }
 
 #[test]
@@ -190,7 +192,12 @@ fn commands_come_in_the_order_that_kvm_wants() {
         page(PageKind::Unmeasured, 0x10_4000, &[4]),
         page(PageKind::Zero, 0x11_2000, &[]),
     ];
-    launch(&mut fake, &pages, 2).unwrap();
+    let mrtd = launch(&mut fake, &pages, 2).unwrap();
+    let plan = LaunchPlan {
+        pages: pages.to_vec(),
+        vcpus: vec![],
+    };
+    assert_eq!(mrtd, measure::mrtd(&plan, Order::SinglePass).unwrap());
     let expected = [
         "KVM_TDX_CAPABILITIES",
         "KVM_TDX_INIT_VM",

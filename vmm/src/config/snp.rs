@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::blob::Blob32;
 use super::text::{BadValue, bad, serde_as_text};
 
 #[derive(Args, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
@@ -84,32 +85,3 @@ impl fmt::Display for Policy {
     }
 }
 serde_as_text!(Policy);
-
-/// 32 bytes, written as 64 hexadecimal digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Blob32(pub [u8; 32]);
-
-impl FromStr for Blob32 {
-    type Err = BadValue;
-
-    fn from_str(text: &str) -> Result<Self, BadValue> {
-        let mut blob = [0; 32];
-        let plain = text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        for (at, byte) in blob.iter_mut().enumerate() {
-            let from = at.saturating_mul(2);
-            let digits = text.get(from..from.saturating_add(2)).unwrap_or_default();
-            match u8::from_str_radix(digits, 16) {
-                Ok(value) if plain => *byte = value,
-                _ => return bad("not 64 hexadecimal digits (32 bytes)"),
-            }
-        }
-        Ok(Self(blob))
-    }
-}
-
-impl fmt::Display for Blob32 {
-    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(to, "{byte:02x}"))
-    }
-}
-serde_as_text!(Blob32);

@@ -230,7 +230,7 @@ fn config() -> impl Strategy<Value = Config> {
             },
             snp: Snp {
                 policy: policy.map(Policy),
-                host_data: data.map(Blob32),
+                host_data: data.map(Blob),
                 ..Snp::default()
             },
             ..Config::default()

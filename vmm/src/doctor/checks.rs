@@ -37,7 +37,7 @@ pub(super) fn examine() -> Report {
             checks.extend(kvm(&capabilities));
             checks.push(stock_guest(&probe::run(), &modules));
             checks.extend(snp::checks(&host, &capabilities, &cpuinfo));
-            checks.extend(tdx::checks(&capabilities, &cpuinfo));
+            checks.extend(tdx::checks(&host, &capabilities, &cpuinfo));
         }
     }
     checks.extend(system::checks());

@@ -174,7 +174,7 @@ impl Desk<'_> {
                 }
                 Note::Quit => return Ok(Some(Ending::Forced(SIGINT))),
                 Note::VcpuEnded(VcpuEnd::Stopped) => {}
-                Note::VcpuEnded(VcpuEnd::Crashed) => return Ok(Some(Ending::Crashed("triple fault".into()))),
+                Note::VcpuEnded(VcpuEnd::Crashed(why)) => return Ok(Some(Ending::Crashed(why))),
                 Note::VcpuEnded(VcpuEnd::Terminated(why)) => return Ok(Some(Ending::Terminated(why))),
                 Note::VcpuEnded(VcpuEnd::Failed(e)) => {
                     return Err(RunError::Host {

@@ -10,7 +10,7 @@ use snp::measure::{self, MeasureError, PageType};
 
 use super::launch::{Launch, Source};
 use super::ovmf;
-use crate::config::{Blob32, PlatformName};
+use crate::config::{self, PlatformName};
 use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
@@ -119,7 +119,12 @@ pub(super) fn json(launch: &Launch, explained: bool) -> Result<String, MeasureEr
         pages: measure::image(&launch.plan)?.pages(),
         sev_features: format!("{:#x}", launch.features.bits()),
         policy: format!("{:#x}", launch.policy.bits()),
-        host_data: launch.config.snp.host_data.unwrap_or(Blob32([0; 32])).to_string(),
+        host_data: launch
+            .config
+            .snp
+            .host_data
+            .unwrap_or(config::Blob([0; 32]))
+            .to_string(),
         what: what(launch),
         digests: digests.iter().map(ToString::to_string).collect(),
         steps: steps.map(|steps| steps.iter().map(JsonStep::from).collect()),

@@ -17,6 +17,8 @@ pub struct HostFacts {
     pub kvm: Result<Capabilities, io::Error>,
     /// SEV-SNP, or why there is none; `None` if nobody asked.
     pub snp: Option<Result<SnpHost, Missing>>,
+    /// TDX, or why there is none; `None` if nobody asked.
+    pub tdx: Option<Result<(), tdx::host::Missing>>,
     /// Size of the host's memory in bytes.
     pub memory_bytes: u64,
 }
@@ -62,50 +64,79 @@ pub enum HostLack {
     #[error("platform snp: {0}")]
     Snp(Missing),
     /// TDX was asked for.
-    #[error(
-        "platform tdx: KVM on this host offers no TDX guests; `cvmm doctor --for tdx` names what is missing"
-    )]
-    Tdx,
+    #[error("platform tdx: {0}")]
+    Tdx(tdx::host::Missing),
     /// `auto` found nothing.
     #[error(
-        "platform auto: this host can protect no guest (no TDX; for SEV-SNP: {0}); \
+        "platform auto: this host can protect no guest (for SEV-SNP: {snp}; for TDX: {tdx}); \
          for a guest without any protection say --platform soft"
     )]
-    NoProtection(Missing),
-    /// A platform that this version does not launch.
-    #[error(
-        "platform tdx: this version of cvmm cannot launch TDX guests; take --platform snp, or soft for no protection"
-    )]
-    TdxUnsupported,
+    NoProtection {
+        /// What SEV-SNP lacks.
+        snp: Missing,
+        /// What TDX lacks.
+        tdx: tdx::host::Missing,
+    },
 }
 
-/// `KVM_X86_TDX_VM`.
-pub(crate) const TDX_VM: u32 = 5;
+/// `auto` decided.
+#[derive(Debug)]
+pub(super) enum Chosen {
+    /// No protection.
+    Soft,
+    /// AMD SEV-SNP.
+    Snp(SnpHost),
+    /// Intel TDX.
+    Tdx,
+}
+
+/// What is missing; `unasked` if nobody asked, which no caller lets happen.
+fn lack<T, E>(asked: Option<Result<T, E>>, unasked: E) -> E {
+    match asked {
+        Some(Err(missing)) => missing,
+        Some(Ok(_)) | None => unasked,
+    }
+}
 
 impl HostFacts {
-    /// Asks KVM and the kernel, and for SEV-SNP only if `platform` may mean it.
+    /// Asks KVM and the kernel, and for each platform only if `platform` may mean it.
     pub fn probe(platform: PlatformName) -> Self {
         let host = Host::open(Path::new("/dev/kvm"));
-        let wanted = matches!(platform, PlatformName::Auto | PlatformName::Snp);
-        let (kvm, snp) = match host {
-            Err(cause) => (Err(cause), None),
+        let may_be = |name| platform == PlatformName::Auto || platform == name;
+        let (kvm, snp, tdx) = match host {
+            Err(cause) => (Err(cause), None, None),
             Ok(host) => {
                 let capabilities = host.capabilities();
-                let snp = wanted.then(|| SnpHost::open(&host, &capabilities));
-                (Ok(capabilities), snp)
+                let snp = may_be(PlatformName::Snp).then(|| SnpHost::open(&host, &capabilities));
+                let tdx = may_be(PlatformName::Tdx)
+                    .then(|| tdx::host::check(Path::new("/"), capabilities.vm_types));
+                (Ok(capabilities), snp, tdx)
             }
         };
         let system = rustix::system::sysinfo();
         Self {
             kvm,
             snp,
+            tdx,
             memory_bytes: system.totalram.saturating_mul(u64::from(system.mem_unit)),
         }
     }
 
-    pub(super) fn offers_tdx(&self) -> bool {
-        let types = self.kvm.as_ref().map_or(0, |kvm| kvm.vm_types);
-        types.wrapping_shr(TDX_VM) & 1 != 0
+    /// What protects the guest, with what its launch needs of the host.
+    pub(super) fn choose(self, wanted: PlatformName) -> Result<Chosen, HostLack> {
+        Ok(match (wanted, self.snp, self.tdx) {
+            (PlatformName::Soft, ..) => Chosen::Soft,
+            (PlatformName::Auto | PlatformName::Snp, Some(Ok(host)), _) => Chosen::Snp(host),
+            (PlatformName::Auto | PlatformName::Tdx, _, Some(Ok(()))) => Chosen::Tdx,
+            (PlatformName::Snp, snp, _) => return Err(HostLack::Snp(lack(snp, Missing::Cpu))),
+            (PlatformName::Tdx, _, tdx) => return Err(HostLack::Tdx(lack(tdx, tdx::host::Missing::Cpu))),
+            (PlatformName::Auto, snp, tdx) => {
+                return Err(HostLack::NoProtection {
+                    snp: lack(snp, Missing::Cpu),
+                    tdx: lack(tdx, tdx::host::Missing::Cpu),
+                });
+            }
+        })
     }
 
     /// Why nothing can run here at all.

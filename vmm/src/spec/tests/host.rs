@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 
 use super::*;
-use crate::config::{Policy, Snp};
+use crate::config::{Attributes, Blob, Policy, Snp, Tdx};
 
 #[test]
 fn a_good_machine_resolves_with_everything_open() {
@@ -58,6 +58,7 @@ fn hosts_without_what_is_asked_for() {
         (error.to_string(), error.class() as u8)
     };
     let no_snp = "this CPU has no SEV-SNP; it takes an AMD EPYC of the 7003 series or later";
+    let no_tdx = "this CPU has no TDX; it takes an Intel Xeon of the 5th generation or later";
     let cases = [
         (
             host(PlatformName::Soft, Err(io::ErrorKind::NotFound)),
@@ -74,25 +75,56 @@ fn hosts_without_what_is_asked_for() {
         (
             host(PlatformName::Auto, Ok(1)),
             format!(
-                "platform auto: this host can protect no guest (no TDX; for SEV-SNP: {no_snp}); for a guest without \
-                 any protection say --platform soft"
+                "platform auto: this host can protect no guest (for SEV-SNP: {no_snp}; for TDX: {no_tdx}); for a \
+                 guest without any protection say --platform soft"
             ),
         ),
-        (
-            host(PlatformName::Tdx, Ok(1)),
-            "platform tdx: KVM on this host offers no TDX guests; `cvmm doctor --for tdx` names what is missing"
-                .to_owned(),
-        ),
-        (
-            host(PlatformName::Auto, Ok(1 << 5)),
-            "platform tdx: this version of cvmm cannot launch TDX guests; take --platform snp, or soft for no \
-             protection"
-                .to_owned(),
-        ),
+        (host(PlatformName::Tdx, Ok(1)), format!("platform tdx: {no_tdx}")),
     ];
     for (got, message) in cases {
         assert_eq!(got, (message, 20));
     }
+}
+
+#[test]
+fn options_of_tdx() {
+    let place = Place::new("tdx");
+    let on_tdx = |platform, tdx| {
+        let mut config = place.config();
+        config.platform = Some(platform);
+        config.tdx = tdx;
+        let mut facts = facts();
+        facts.tdx = Some(Ok(()));
+        (config, facts)
+    };
+    for platform in [PlatformName::Tdx, PlatformName::Auto] {
+        let options = Tdx {
+            mrconfigid: Some(Blob([0xc1; 48])),
+            td_attributes: Some(Attributes(0x9000_0000)),
+            ..Tdx::default()
+        };
+        let (config, facts) = on_tdx(platform, options);
+        let spec = MachineSpec::resolve(config, facts).unwrap();
+        let PlatformSpec::Tdx(spec) = &spec.parts().platform else {
+            panic!("not TDX");
+        };
+        assert_eq!(spec.config.attributes, 0x9000_0000);
+        assert_eq!(
+            (spec.config.mrconfigid, spec.config.mrowner),
+            ([0xc1; 48], [0; 48])
+        );
+    }
+
+    let (mut config, facts) = on_tdx(PlatformName::Tdx, Tdx::default());
+    config.snp.policy = Some(Policy(0x3_0000));
+    let error = MachineSpec::resolve(config, facts).unwrap_err();
+    let message = "--policy: only an SNP guest has it; add --platform snp or remove it";
+    assert_eq!((error.to_string().as_str(), error.class() as u8), (message, 2));
+
+    let mut soft = place.config();
+    soft.tdx.mrowner = Some(Blob([0; 48]));
+    let message = "--mrowner: only a TDX guest has it; add --platform tdx or remove it";
+    assert_eq!(place.refuse(soft), (message.to_owned(), 2));
 }
 
 #[test]

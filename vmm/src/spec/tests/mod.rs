@@ -90,7 +90,8 @@ fn facts() -> HostFacts {
             split_irqchip: true,
             max_vcpus: 128,
         }),
-        snp: Some(Err(Missing::Cpu)),
+        snp: Some(Err(::snp::host::Missing::Cpu)),
+        tdx: Some(Err(::tdx::host::Missing::Cpu)),
         memory_bytes: 16 << 30,
     }
 }
