@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::measurement::{MeasureError, Measurement};
 use arch::platform::{LaunchPlan, Platform};
+use shim::layout;
 use shim::reason::Reason;
 use snp::measure;
 use snp::platform::Snp;
@@ -51,13 +52,10 @@ pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
     }
 }
 
-/// Upper bits of the code of a fatal error that the shim reports; the lowest byte is the reason.
-const TD_FATAL_MARK: u32 = 0x6376_6d00;
-
 /// The shim's reason in words; `None` if the code is none of the shim's.
 fn td_reason(code: u32) -> Option<String> {
     let [reason, ..] = code.to_le_bytes();
-    let ours = code & !0xff == TD_FATAL_MARK;
+    let ours = code & !0xff == layout::TD_FATAL_MARK;
     ours.then(|| Reason::from_code(reason))?
         .map(|reason| reason.to_string())
 }
