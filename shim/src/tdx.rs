@@ -155,14 +155,14 @@ mod tests {
             (0xc000_0b0b_0000_0001, Ok(Accepted::Smaller)),
             (0x0000_0b0a_0000_0001, Err(Reason::DoubleValidation)),
             (0xc000_0b0d_0000_0001, Err(Reason::Accept)),
-            (0xc000_010_0000_0001, Err(Reason::Accept)),
+            (0xc000_0100_0000_0001, Err(Reason::Accept)),
             (1, Err(Reason::Accept)),
         ];
         for (status, expected) in cases {
             assert_eq!(accept(|| status), expected, "{status:#x}");
         }
         assert_eq!(extend(|| 0), Ok(()));
-        assert_eq!(extend(|| 0xc000_010_0000_0001), Err(Reason::RtmrExtend));
+        assert_eq!(extend(|| 0xc000_0100_0000_0001), Err(Reason::RtmrExtend));
     }
 
     #[test]

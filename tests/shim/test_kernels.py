@@ -6,7 +6,7 @@ import subprocess
 import unittest
 
 from handover import RAM, Handover, u
-from machine import ROOT, UNIT, Machine
+from machine import ROOT, UNIT
 from sev import Snp
 from td import Td
 
@@ -23,8 +23,9 @@ def file(name):
 
 class StockKernels(unittest.TestCase):
     def test_they_are_entered_with_everything_in_place(self):
-        for flavour, platforms in (("amd64", (Td, Snp)), ("cloud", (Td, Machine))):
-            kernel, initrd = file(f"{flavour}_kernel"), file(f"{flavour}_initrd")
+        # The emulator has no SHA instructions and hashes some 5 MB/s: the start of an initrd will do.
+        for flavour, platforms in (("amd64", (Td, Snp)), ("cloud", (Td,))):
+            kernel, initrd = file(f"{flavour}_kernel"), file(f"{flavour}_initrd")[: 1 << 20]
             for platform in platforms:
                 with self.subTest(flavour=flavour, platform=platform.__name__):
                     machine = platform()
