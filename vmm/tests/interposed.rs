@@ -1,0 +1,292 @@
+//! The whole program, unmodified, from its command line to the guest's first instructions, on hosts with SNP and
+//! TDX that are models (`tests/interpose`). An ordinary VM of this host's KVM runs what the guest runs, so without
+//! /dev/kvm these tests fail.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use interpose::{Outcome, Scenario};
+
+/// A directory with the files that a host of this kind has, and a kernel that passes for one.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Place {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("cvmm-interposed-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let place = Self(dir);
+        place.file("kernel", &kernel());
+        place.file(
+            "proc/cpuinfo",
+            b"vendor_id\t: any\ncpu family\t: 25\nflags\t\t: fpu sev sev_es sev_snp tdx_host_platform\n",
+        );
+        place.file("sys/module/kvm_amd/parameters/sev_snp", b"Y\n");
+        place.file("sys/module/kvm_intel/parameters/tdx", b"Y\n");
+        place.file("dev/sev", b"");
+        place
+    }
+
+    fn file(&self, name: &str, content: &[u8]) {
+        let path = self.0.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    fn run(&self, args: &[&str], change: impl FnOnce(&mut Scenario)) -> Outcome {
+        assert!(
+            Path::new("/dev/kvm").exists(),
+            "no /dev/kvm: nothing can stand behind the model"
+        );
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
+        let kernel = self.0.join("kernel");
+        command
+            .args(["run", "--console", "none", "--memory", "64M", "--kernel"])
+            .arg(kernel)
+            .args(args)
+            .stdin(Stdio::null())
+            .env_remove("NOTIFY_SOCKET");
+        let mut scenario = Scenario::new(self.0.clone());
+        change(&mut scenario);
+        interpose::run(command, scenario).unwrap()
+    }
+}
+
+/// A file with the header of a bzImage of protocol 2.15 and nothing behind it that could run.
+fn kernel() -> Vec<u8> {
+    let mut file = vec![0; 6 * 512];
+    let fields: [(usize, &[u8]); 7] = [
+        (0x1f1, &[4]),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 0x02]),
+        (0x211, &[1]),
+        (0x236, &[1, 0]),
+        (0x238, &[0xff, 7, 0, 0]),
+    ];
+    for (at, bytes) in fields {
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    file
+}
+
+/// `KVM_EXIT_X86_RDMSR`.
+const EXIT_RDMSR: u32 = 29;
+const SEV_STATUS: u32 = 0xc001_0131;
+
+/// What `cvmm measure` prints for the same guest.
+fn predicted(place: &Place, platform: &str) -> String {
+    let kernel = place.0.join("kernel");
+    let output = Command::new(env!("CARGO_BIN_EXE_cvmm"))
+        .args(["measure", "--platform", platform, "--cpus", "2", "--kernel"])
+        .arg(kernel)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn an_snp_guest_is_launched_as_predicted_and_runs_its_first_instructions() {
+    let place = Place::new("snp");
+    let outcome = place.run(&["--platform", "snp", "--cpus", "2"], |s| s.runs = 1);
+    let names = [
+        "INIT2",
+        "SNP_LAUNCH_START",
+        "SNP_LAUNCH_UPDATE",
+        "SNP_LAUNCH_FINISH",
+    ];
+    let mut seen = outcome.command_names();
+    seen.dedup();
+    assert_eq!(seen, names, "{}", outcome.stderr);
+    assert!(
+        outcome.commands.iter().all(|(_, errno)| *errno == 0),
+        "{:?}",
+        outcome.commands
+    );
+    let digest = hex(&outcome.measurement.unwrap());
+    let printed = predicted(&place, "snp");
+    assert!(printed.contains(&digest), "{digest}\n{printed}");
+    let first = &outcome.exits[0];
+    assert_eq!(
+        (first.vcpu, first.result, first.reason),
+        (0, 0, EXIT_RDMSR),
+        "{first:x?}"
+    );
+    assert_eq!(first.body[3], SEV_STATUS, "{first:x?}");
+    assert!(
+        (0x10_0000..0x10_c000).contains(&first.rip),
+        "outside the shim: {first:x?}"
+    );
+    assert_eq!(first.code[..2], [0x0f, 0x32], "RDMSR");
+}
+
+/// A host where something is wrong, and what cvmm makes of it.
+struct Case {
+    name: &'static str,
+    args: &'static [&'static str],
+    /// A file of the host with other contents; gone if they are empty.
+    file: Option<(&'static str, &'static str)>,
+    change: fn(&mut Scenario),
+    code: i32,
+    says: &'static str,
+}
+
+const AS_IT_IS: Case = Case {
+    name: "",
+    args: &[],
+    file: None,
+    change: |_| {},
+    code: 0,
+    says: "",
+};
+
+/// Runs each case; every one ends in one line that says what and why, with the documented code.
+fn refusals(platform: &str, cases: &[Case]) {
+    for case in cases {
+        let place = Place::new(&format!("{platform}-{}", case.name.replace(' ', "-")));
+        if let Some((name, content)) = case.file {
+            if content.is_empty() {
+                fs::remove_file(place.0.join(name)).unwrap();
+            } else {
+                place.file(name, content.as_bytes());
+            }
+        }
+        let args = [&["--platform", platform], case.args].concat();
+        let outcome = place.run(&args, case.change);
+        let told = &outcome.stderr;
+        assert_eq!(outcome.code(), Some(case.code), "{}: {told}", case.name);
+        assert!(told.contains(case.says), "{}: {told}", case.name);
+        assert_eq!(
+            (told.lines().count(), outcome.exits.len()),
+            (1, 0),
+            "{}: {told}",
+            case.name
+        );
+        assert!(told.starts_with("cvmm: "), "{}: {told}", case.name);
+        println!("{}: {}: {told}", case.name, case.code);
+    }
+}
+
+#[test]
+fn what_an_snp_host_lacks_or_refuses_is_said_in_one_line() {
+    refusals(
+        "snp",
+        &[
+            Case {
+                name: "another cpu",
+                file: Some(("proc/cpuinfo", "flags : fpu\n")),
+                code: 20,
+                says: "no SEV-SNP",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "module parameter",
+                file: Some(("sys/module/kvm_amd/parameters/sev_snp", "N\n")),
+                code: 20,
+                says: "sev_snp=1",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "old kernel",
+                change: |s| s.vm_types = 0xf,
+                code: 20,
+                says: "Linux 6.11",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "no security processor",
+                file: Some(("dev/sev", "")),
+                code: 20,
+                says: "/dev/sev",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "asids used up",
+                change: |s| s.snp = |m| m.kernel.asids = Some(0),
+                code: 22,
+                says: "INIT2",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "no asids",
+                change: |s| s.snp = |m| m.kernel.asids = None,
+                code: 22,
+                says: "INIT2",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "firmware refuses",
+                change: |s| s.snp = |m| m.firmware.fail_next = Some(snp::error::FirmwareStatus(7)),
+                code: 22,
+                says: "POLICY_FAILURE",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "signals without end",
+                change: |s| s.snp = |m| m.signals = u32::MAX,
+                code: 22,
+                says: "SNP_LAUNCH_UPDATE",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "policy not offered",
+                args: &["--policy", "0x1030000"],
+                code: 2,
+                says: "ciphertext-hiding",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "feature not offered",
+                args: &["--secure-tsc"],
+                change: |s| s.snp = |m| m.kernel.vmsa_features = 0,
+                code: 2,
+                says: "secure-tsc",
+                ..AS_IT_IS
+            },
+        ],
+    );
+}
+
+#[test]
+fn an_snp_launch_survives_what_passes_by() {
+    let place = Place::new("snp-passing");
+    let outcome = place.run(&["--platform", "snp"], |s| {
+        s.runs = 1;
+        s.snp = |model| {
+            model.signals = 1;
+            let clear = [0, 0, 0, 1];
+            model.firmware.cpuid.push(snp::model::CpuidRule {
+                leaf: 1,
+                subleaf: 0,
+                clear,
+            });
+        };
+    });
+    let failed: Vec<_> = outcome.commands.iter().filter(|(_, errno)| *errno != 0).collect();
+    assert_eq!(
+        failed.len(),
+        2,
+        "a signal, and a CPUID page that firmware corrects: {failed:?}"
+    );
+    assert_eq!(outcome.exits.len(), 1, "{}", outcome.stderr);
+    assert!(
+        outcome.stderr.contains("corrects the guest's CPUID"),
+        "{}",
+        outcome.stderr
+    );
+}
