@@ -2,11 +2,14 @@
 //! is broken. A device's target is a guest program in a small byte code; see [`program`].
 #![forbid(unsafe_code)]
 
+pub mod exits;
+pub mod files;
 pub mod guest;
 pub mod input;
 pub mod machine;
 pub mod peer;
 pub mod program;
+pub mod tdx_input;
 pub mod watch;
 
 /// Runs one input.
@@ -15,12 +18,26 @@ pub type Target = fn(&[u8]);
 const TARGETS: &[(&str, Target)] = &[
     ("blk", |data| program::run(data, peer::disk_in_memory)),
     ("blk_ring", |data| program::run(data, peer::disk_on_ring)),
+    ("bzimage", files::kernel),
+    ("certs", files::certs),
+    ("config", files::config),
     ("console", |data| program::run(data, peer::console)),
+    ("cpuid_page", files::cpuid),
+    ("get_quote", tdx_input::get_quote),
+    ("id_block", files::id_block),
     ("input", |data| program::run(data, peer::button)),
+    ("map_gpa", exits::run),
     ("net", |data| program::run(data, peer::passt)),
+    ("ovmf", files::ovmf),
+    ("qgs", tdx_input::answer),
+    ("quote", tdx_input::quote),
+    ("report", files::report),
     ("rng", |data| program::run(data, peer::entropy)),
+    ("shim", files::shim_plan),
+    ("tdvf", tdx_input::tdvf),
     ("transport", |data| program::run_raw(data, peer::button)),
     ("vsock", |data| program::run(data, peer::vsock)),
+    ("vsock_mux", |data| program::run_packets(data, peer::vsock)),
 ];
 
 /// The target called `name`.

@@ -60,6 +60,12 @@ pub const REGISTERS: [Op; 16] = [
     Write, Descriptor,
 ];
 
+/// What each code means for a driver that keeps to the rules of the ring.
+pub const PACKETS: [Op; 16] = [
+    Typical, Typical, Typical, Typical, Outside, Outside, Outside, Recycle, Typical, Typical, Typical,
+    Typical, Outside, Outside, Kick, Recycle,
+];
+
 /// The machine and the driver that a program runs on.
 pub struct Run {
     /// The machine.
@@ -78,6 +84,16 @@ pub fn run(data: &[u8], host: impl Fn() -> Host) {
     };
     run.set_up(&mut input);
     run.all(&mut input, &DRIVER);
+}
+
+/// Runs a program that sends and receives, with good rings throughout.
+pub fn run_packets(data: &[u8], host: impl Fn() -> Host) {
+    let machine = Machine::new(host());
+    let mut run = Run {
+        guest: Guest::set_up(&machine, u64::MAX, 64, 0),
+        machine,
+    };
+    run.all(&mut Input::new(data), &PACKETS);
 }
 
 /// Runs a program that finds the device as it was made.
