@@ -206,6 +206,14 @@ fn word_masks(range: PageRange) -> impl Iterator<Item = (usize, u64)> {
 pub struct SharedMem {
     map: Arc<GuestMemoryMmap>,
     visible: Arc<VisibilityMap>,
+    watch: Option<Arc<dyn Watch>>,
+}
+
+/// Is told of each access to shared memory before it is checked. Tests put one between a device and its memory, so
+/// that memory changes exactly there; a machine has none.
+pub trait Watch: Send + Sync + std::fmt::Debug {
+    /// `bytes` at `at` are about to be accessed.
+    fn before(&self, at: Gpa, bytes: u64, access: Permissions);
 }
 
 /// Keeps a range of shared memory from turning private while host I/O is in flight on it.
@@ -227,7 +235,26 @@ impl Drop for Pin {
 impl SharedMem {
     /// `map` must hold only the shared backing of each slot, never `guest_memfd`.
     pub fn new(map: Arc<GuestMemoryMmap>, visible: Arc<VisibilityMap>) -> Self {
-        Self { map, visible }
+        Self {
+            map,
+            visible,
+            watch: None,
+        }
+    }
+
+    /// The same memory, every access to which `watch` sees first.
+    #[must_use]
+    pub fn watched(self, watch: Arc<dyn Watch>) -> Self {
+        Self {
+            watch: Some(watch),
+            ..self
+        }
+    }
+
+    fn tell(&self, at: Gpa, bytes: u64, access: Permissions) {
+        if let Some(watch) = &self.watch {
+            watch.before(at, bytes, access);
+        }
     }
 
     /// Marks a batch of synchronous accesses. A conversion to private waits for the guard to go before it
@@ -243,6 +270,7 @@ impl SharedMem {
 
     /// Pins `[addr, addr + len)` for I/O that outlives a batch; `None` if a byte of it is not shared RAM.
     pub fn pin(&self, addr: Gpa, len: u64) -> Option<Pin> {
+        self.tell(addr, len, Permissions::ReadWrite);
         for block in self.visible.blocks(addr, len) {
             block.fetch_add(1, Ordering::SeqCst);
         }
@@ -275,6 +303,7 @@ impl GuestMemory for SharedMem {
         count: usize,
         access: Permissions,
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
+        self.tell(Gpa(addr.0), count as u64, access);
         if !self.check_range(addr, count, access) {
             return Err(GuestMemoryError::InvalidGuestAddress(addr));
         }

@@ -4,6 +4,8 @@ pub mod console;
 pub mod device;
 pub mod input;
 #[cfg(test)]
+mod lies;
+#[cfg(test)]
 pub mod mock;
 pub mod net;
 pub mod queue;

@@ -1,6 +1,8 @@
 //! virtio-net (virtio 1.2, "Network Device") on a tap interface or a stream to passt.
 
 mod header;
+#[cfg(test)]
+mod lies;
 mod link;
 mod run;
 mod rx;

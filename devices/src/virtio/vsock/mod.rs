@@ -7,6 +7,8 @@
 mod conn;
 mod flow;
 mod host;
+#[cfg(test)]
+mod lies;
 mod mux;
 mod packet;
 mod run;

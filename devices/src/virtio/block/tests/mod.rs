@@ -1,6 +1,7 @@
 //! A driver-side mock against the device, on each engine, with real files.
 
 mod hostile;
+mod lies;
 mod measure;
 mod model;
 mod requests;
