@@ -212,6 +212,7 @@ class Td(Protected):
         if r11 == 0x10003:
             return self.report_fatal(mask, rest)
         assert (mask, r11, rest) == (0xFC00, 30, [4, 1, 0x604, 1]), "one port write, which tells nothing else"
+        assert self.read(self.STAGED_AT, len(self.staged)) == self.staged, "nothing is written where the host can read"
         self.release_staging()
         self.port_writes.append((0x604, 4, 1))
         for name in names[1:]:
