@@ -136,6 +136,11 @@ impl<C: TdxCommands> Launching<C> {
         })
     }
 
+    /// The commands, e.g. to a model.
+    pub fn commands(&mut self) -> &mut C {
+        &mut self.commands
+    }
+
     /// Bits of GetTdVmCallInfo's answer that user space may set.
     pub fn user_calls(&self) -> u64 {
         self.user_calls
@@ -259,5 +264,7 @@ fn pages(page: &LaunchPage) -> Vec<Page> {
     pages
 }
 
+#[cfg(test)]
+mod on_model;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 //! this crate knows what the TDX module and KVM demand and what the guest's owner can check.
 #![deny(unsafe_code)]
 
+mod answers;
 pub mod attributes;
 mod bytes;
 pub mod commands;

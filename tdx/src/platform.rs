@@ -13,9 +13,9 @@ use arch::platform::{Foundation, Launch, LaunchPage, Platform, PlatformError, Pl
 use arch::x86::cpuid::CpuidTable;
 use arch::x86::regs::BootState;
 
+use crate::answers::{Answers, Terms};
 use crate::cpuid;
-use crate::exit::{OwnReasons, TdxExit, notify_vector};
-use crate::get_quote::{QuoteService, ReplyCode};
+use crate::exit::OwnReasons;
 use crate::host;
 use crate::ioctl::KvmTdx;
 use crate::launch::{LaunchConfig, Launching};
@@ -34,9 +34,6 @@ const TSC_UNIT_KHZ: u32 = 25_000;
 const RESET_PAGE: u64 = 0xffff_f000;
 /// Memory slot of that page: above those of RAM, below those of the staging area.
 const RESET_SLOT: u32 = 15;
-
-/// Bit 1 of GetTdVmCallInfo's R11, leaf 1: SetupEventNotifyInterrupt is served.
-const CALL_SETUP_NOTIFY: u64 = 1 << 1;
 
 /// The platform; one per VM.
 #[derive(Debug)]
@@ -101,19 +98,20 @@ impl Platform for Tdx {
         let launching =
             Launching::begin(commands, &self.config, on.cpuid).map_err(error("beginning the launch"))?;
         let reset = reset_page(&on.vm).map_err(error("making the page of the reset vector"))?;
-        let listener = Arc::new(Listener {
-            vm: on.vm,
-            target: Mutex::default(),
-        });
-        let to_tell = Arc::clone(&listener);
-        let quotes = QuoteService::new(on.shared, self.quotes.clone(), Box::new(move || to_tell.tell()));
-        let guest = Guest {
-            reset,
+        let terms = Terms {
             reasons: self.reasons,
-            calls: launching.user_calls() & CALL_SETUP_NOTIFY,
-            listener,
-            quotes: quotes.map_err(error("starting the thread for quotes"))?,
+            user_calls: launching.user_calls(),
+            quotes: self.quotes.clone(),
         };
+        let vm = on.vm;
+        let interrupt = move |vcpu, vector| {
+            if let Err(e) = vm.signal(MsiMessage::to_vcpu(vcpu, vector)) {
+                log::warn!("the guest is not told that its quote is there: {e}");
+            }
+        };
+        let answers = Answers::new(on.shared, terms, Box::new(interrupt))
+            .map_err(error("starting the thread for quotes"))?;
+        let guest = Guest { reset, answers };
         Ok(Box::new(TdxLaunch {
             launching,
             guest,
@@ -192,39 +190,7 @@ struct Guest {
     /// Holds the reset page: without the file, the guest would lose it.
     #[expect(dead_code, reason = "kept for its lifetime")]
     reset: Gmem,
-    reasons: OwnReasons,
-    /// Optional calls that are served, as GetTdVmCallInfo lists them.
-    calls: u64,
-    listener: Arc<Listener>,
-    quotes: QuoteService,
-}
-
-/// The vCPU that wants to hear of events.
-#[derive(Debug)]
-struct Listener {
-    vm: Arc<Vm>,
-    /// Its index, and the vector.
-    target: Mutex<Option<(u32, u8)>>,
-}
-
-impl Listener {
-    fn setup(&self, vcpu: u32, vector: u64) -> ReplyCode {
-        let Some(vector) = notify_vector(vector) else {
-            return ReplyCode::InvalidOperand;
-        };
-        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some((vcpu, vector));
-        ReplyCode::Success
-    }
-
-    /// A guest that has set up nothing polls.
-    fn tell(&self) {
-        let target = *self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((vcpu, vector)) = target
-            && let Err(e) = self.vm.signal(MsiMessage::to_vcpu(vcpu, vector))
-        {
-            log::warn!("the guest is not told that its quote is there: {e}");
-        }
-    }
+    answers: Answers,
 }
 
 /// An exit that no TD makes.
@@ -237,22 +203,10 @@ pub struct UnknownExit {
 impl Sealed for Guest {
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
         let unknown = UnknownExit { reason: exit.reason };
-        let vcpu = exit.vcpu;
-        match TdxExit::decode(exit) {
-            Some(TdxExit::Fatal(fatal)) => {
-                return Ok(PlatformFlow::Terminated(fatal.words(self.reasons)));
-            }
-            // KVM has put down that the call is not served.
-            Some(TdxExit::Unknown { number }) => {
-                log::debug!("the guest makes call {number:#x}, which is not served");
-            }
-            Some(TdxExit::GetQuote { gpa, bytes, call }) => call.answer(self.quotes.request(gpa, bytes)),
-            Some(TdxExit::GetInfo { leaf: 1, call }) => call.answer_info(self.calls),
-            Some(TdxExit::GetInfo { call, .. }) => call.answer(ReplyCode::InvalidOperand),
-            Some(TdxExit::SetupNotify { vector, call }) => call.answer(self.listener.setup(vcpu, vector)),
-            None => return Err(error("handling an exit")(unknown)),
-        }
-        Ok(PlatformFlow::Resume)
+        self.answers
+            .serve(exit)
+            .ok_or(unknown)
+            .map_err(error("handling an exit"))
     }
 
     fn explain_failure(&self, error: &io::Error) -> Option<String> {
