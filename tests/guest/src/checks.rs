@@ -50,6 +50,7 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
             "idle" => bench::idle(wanted),
             "bench-disk" => bench::disk(wanted),
             "bench-net" => bench_net(wanted),
+            "soak" => soak(wanted),
             "wait" => wait_for_the_end(),
             "shell" => Ok(shell()),
             _ => Err(io::Error::other("no such test")),
@@ -320,6 +321,39 @@ fn registers() -> io::Result<String> {
         .map(|(name, value)| format!("{name}={}", hex(value)))
         .collect();
     Ok(format!("{} extended={extended}", shown.join(" ")))
+}
+
+/// All traffic at once for `cvmm.soak_seconds`: disk, network and vsock transfers, and on every processor attestation
+/// reports where there are any, for which the kernel makes memory shared and private again each time.
+fn soak(wanted: &CommandLine) -> io::Result<String> {
+    let until = Instant::now() + Duration::from_secs(wanted.or("soak_seconds", 600));
+    let reports = usize::from(fs::create_dir_all("/sys/kernel/config/tsm/report/probe").is_ok());
+    let processors = std::thread::available_parallelism()?.get() * reports;
+    let repeat = |work: &(dyn Fn() -> io::Result<()> + Sync)| {
+        let mut rounds = 0_u32;
+        while Instant::now() < until {
+            work()?;
+            rounds += 1;
+        }
+        io::Result::Ok(rounds)
+    };
+    std::thread::scope(|scope| {
+        let disk = scope.spawn(|| repeat(&|| disk(wanted).map(drop)));
+        let net = scope.spawn(|| repeat(&|| net(wanted).map(drop)));
+        let vsock = scope.spawn(|| repeat(&|| vsock(wanted).map(drop)));
+        let reporters: Vec<_> = (0..processors)
+            .map(|number| scope.spawn(move || repeat(&|| report::fetch_as(&format!("soak{number}"), &[7]).map(drop))))
+            .collect();
+        let total = |thread: std::thread::ScopedJoinHandle<'_, io::Result<u32>>| {
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        };
+        let (disk, net, vsock) = (total(disk)?, total(net)?, total(vsock)?);
+        let mut reports = 0;
+        for reporter in reporters {
+            reports += total(reporter)?;
+        }
+        Ok(format!("rounds: disk {disk}, net {net}, vsock {vsock}, reports {reports}"))
+    })
 }
 
 /// Stays until the power button.

@@ -14,7 +14,12 @@ const REGISTERS: &str = "/sys/devices/virtual/misc/tdx_guest/measurements";
 
 /// Fetches a report over the nonce; says which provider gave it.
 pub(crate) fn fetch(nonce: &[u8]) -> io::Result<(String, Vec<u8>)> {
-    let entry = Path::new(TSM).join("cvmm");
+    fetch_as("cvmm", nonce)
+}
+
+/// [`fetch`] under another name than other threads use.
+pub(crate) fn fetch_as(name: &str, nonce: &[u8]) -> io::Result<(String, Vec<u8>)> {
+    let entry = Path::new(TSM).join(name);
     fs::create_dir_all(&entry)?;
     let mut padded = nonce.to_vec();
     padded.resize(NONCE_BYTES, 0);

@@ -1,7 +1,8 @@
 //! A guest that attacks the devices it is given, one case after another, and says how each ended.
 //!
 //! Command line: `mode=plain|soft|snp`, `ecam=HEX`, `ram=HEX` (end of low memory), `from=N` (first case to play, for
-//! going on after a machine that a case ended), `only=C01,C02b` (cases to play).
+//! going on after a machine that a case ended), `only=C01,C02b` (cases to play), `then=reboot` (cvmm's reset register
+//! instead of its sleep register).
 #![no_std]
 #![no_main]
 
@@ -60,6 +61,9 @@ fn run(cmdline: u64) -> ! {
         say!("CASE {index} {} {} {verdict:?} {why}", case.id, target.name);
     }
     say!("HOSTILE ends");
+    if value("then") == Some("reboot") {
+        machine::out(0x602, 1);
+    }
     power_off()
 }
 

@@ -4,6 +4,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::file::{describe, reason};
 use crate::config::Disk;
@@ -193,21 +195,37 @@ fn is_block_or_file(path: &Path) -> io::Result<Result<bool, &'static str>> {
     })
 }
 
+/// How long a disk may stay locked after its user is dead: the kernel takes io_uring's and KVM's references to files back
+/// some time after SIGKILL (4 to 32 ms seen), and a supervisor restarts at once.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
+
 /// Keeps two processes from writing one disk (`flock`: exclusive for writers, shared for readers).
 fn lock(spec: &DiskSpec) -> Result<(), DiskError> {
-    let outcome = if spec.readonly {
-        spec.file.try_lock_shared()
-    } else {
-        spec.file.try_lock()
-    };
-    outcome.map_err(|e| match e {
-        TryLockError::WouldBlock => DiskError::Busy {
-            path: spec.path.clone(),
-        },
-        TryLockError::Error(cause) => DiskError::Unusable {
-            path: spec.path.clone(),
-            readonly: spec.readonly,
-            cause,
-        },
-    })
+    let until = Instant::now().checked_add(LOCK_PATIENCE);
+    loop {
+        let outcome = if spec.readonly {
+            spec.file.try_lock_shared()
+        } else {
+            spec.file.try_lock()
+        };
+        match outcome {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if until.is_some_and(|until| Instant::now() < until) => {
+                thread::sleep(LOCK_INTERVAL);
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(DiskError::Busy {
+                    path: spec.path.clone(),
+                });
+            }
+            Err(TryLockError::Error(cause)) => {
+                return Err(DiskError::Unusable {
+                    path: spec.path.clone(),
+                    readonly: spec.readonly,
+                    cause,
+                });
+            }
+        }
+    }
 }
