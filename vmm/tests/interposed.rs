@@ -23,10 +23,13 @@ impl Place {
         fs::create_dir_all(&dir).unwrap();
         let place = Self(dir);
         place.file("kernel", &kernel());
-        place.file(
-            "proc/cpuinfo",
-            b"vendor_id\t: any\ncpu family\t: 25\nflags\t\t: fpu sev sev_es sev_snp tdx_host_platform\n",
-        );
+        let (vendor, flag) = if name.starts_with("tdx") {
+            ("GenuineIntel", "tdx_host_platform")
+        } else {
+            ("AuthenticAMD", "sev_snp")
+        };
+        let cpuinfo = format!("vendor_id\t: {vendor}\ncpu family\t: 25\nflags\t\t: fpu {flag}\n");
+        place.file("proc/cpuinfo", cpuinfo.as_bytes());
         place.file("sys/module/kvm_amd/parameters/sev_snp", b"Y\n");
         place.file("sys/module/kvm_intel/parameters/tdx", b"Y\n");
         place.file("dev/sev", b"");
@@ -288,5 +291,209 @@ fn an_snp_launch_survives_what_passes_by() {
         outcome.stderr.contains("corrects the guest's CPUID"),
         "{}",
         outcome.stderr
+    );
+}
+
+/// `KVM_EXIT_IO`; a byte out of the port that stands for TDCALL.
+const EXIT_IO: u32 = 2;
+const TDCALL: u32 = 1 | 1 << 8 | (interpose::TDCALL_PORT as u32) << 16;
+
+#[test]
+fn a_td_is_launched_as_predicted_and_its_vcpus_run_their_first_instructions() {
+    for cpus in ["1", "4"] {
+        let place = Place::new(&format!("tdx-{cpus}"));
+        let all: usize = cpus.parse().unwrap();
+        let outcome = place.run(&["--platform", "tdx", "--cpus", cpus], move |s| s.runs = all);
+        let mut expected = vec!["CAPABILITIES", "INIT_VM", "GET_CPUID", "INIT_VCPU"];
+        expected.extend(["INIT_MEM_REGION"; 6]);
+        expected.extend(vec!["INIT_VCPU"; all - 1]);
+        expected.push("FINALIZE_VM");
+        assert_eq!(outcome.command_names(), expected, "{}", outcome.stderr);
+        assert!(
+            outcome.commands.iter().all(|(_, errno)| *errno == 0),
+            "{:?}",
+            outcome.commands
+        );
+        let mrtd = hex(&outcome.measurement.unwrap());
+        let printed = predicted(&place, "tdx");
+        assert!(printed.contains(&mrtd), "{mrtd}\n{printed}");
+        // From the reset vector by way of 32-bit code to the shim, which asks the module who it is.
+        let mut came: Vec<_> = outcome.exits.iter().map(|exit| exit.vcpu).collect();
+        came.sort_unstable();
+        assert_eq!(came, (0..all).collect::<Vec<_>>());
+        for exit in &outcome.exits {
+            assert_eq!(
+                (exit.result, exit.reason, exit.body[0]),
+                (0, EXIT_IO, TDCALL),
+                "{exit:x?}"
+            );
+            assert!(
+                (0x10_0020..0x10_0040).contains(&exit.rip),
+                "not at the shim's entry: {exit:x?}"
+            );
+            assert_eq!(exit.rax, 1, "TDG.VP.INFO");
+        }
+    }
+}
+
+const ENTROPY: fn(&mut Scenario) = |s| s.tdx = |m| m.module.without_entropy = u32::MAX;
+
+#[test]
+fn what_a_tdx_host_lacks_or_refuses_is_said_in_one_line() {
+    refusals(
+        "tdx",
+        &[
+            Case {
+                name: "another cpu",
+                file: Some(("proc/cpuinfo", "flags : fpu\n")),
+                change: |s| s.vm_types = 0x11,
+                code: 20,
+                says: "TDX",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "module parameter",
+                file: Some(("sys/module/kvm_intel/parameters/tdx", "N\n")),
+                change: |s| s.vm_types = 0x11,
+                code: 20,
+                says: "tdx=1",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "old kernel",
+                change: |s| s.vm_types = 0x1f,
+                code: 20,
+                says: "TDX",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "key ids used up",
+                change: |s| s.tdx = |m| m.kernel.key_ids = 0,
+                code: 22,
+                says: "KVM_TDX_INIT_VM",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "control group",
+                change: |s| s.tdx = |m| m.kernel.group_full = true,
+                code: 22,
+                says: "KVM_TDX_INIT_VM",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "operand",
+                change: |s| s.tdx = |m| m.module.refuses = Some(69),
+                code: 22,
+                says: "CPUID_CONFIG",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "no entropy",
+                change: ENTROPY,
+                code: 22,
+                says: "KVM_TDX_INIT_VM",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "seamcall fails",
+                change: |s| s.tdx = |m| m.module.fails_after = Some(0),
+                code: 22,
+                says: "KVM_TDX_INIT_VM",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "vcpu fails",
+                change: |s| s.tdx = |m| m.module.fails_after = Some(1),
+                code: 22,
+                says: "KVM_TDX_INIT_VCPU",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "page fails",
+                change: |s| s.tdx = |m| m.module.fails_after = Some(2),
+                code: 22,
+                says: "KVM_TDX_INIT_MEM_REGION",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "signals without end",
+                change: |s| s.tdx = |m| m.interruptions.extend([(0, libc::EINTR); 400]),
+                code: 22,
+                says: "KVM_TDX_INIT_MEM_REGION",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "busy without end",
+                change: |s| s.tdx = |m| m.module.busy = u32::MAX,
+                code: 22,
+                says: "KVM_TDX_FINALIZE_VM",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "cpuid unreadable",
+                change: |s| s.tdx = |m| m.module.cpuid_unreadable = true,
+                code: 22,
+                says: "KVM_TDX_GET_CPUID",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "no 1 GiB pages",
+                change: |s| {
+                    s.tdx = |m| {
+                        for e in m.module.native.leaf_mut(0x8000_0001) {
+                            e.edx &= !(1 << 26)
+                        }
+                    }
+                },
+                code: 22,
+                says: "1 GiB pages",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "attributes",
+                args: &["--td-attributes", "0x10000001"],
+                code: 22,
+                says: "attributes",
+                ..AS_IT_IS
+            },
+            Case {
+                name: "too many vcpus",
+                args: &["--cpus", "9"],
+                code: 22,
+                says: "vCPU",
+                ..AS_IT_IS
+            },
+        ],
+    );
+}
+
+#[test]
+fn a_td_launch_survives_what_passes_by() {
+    let place = Place::new("tdx-passing");
+    let outcome = place.run(&["--platform", "tdx"], |s| {
+        s.runs = 1;
+        s.tdx = |model| {
+            model.module.without_entropy = 3;
+            model.module.busy = 3;
+            model.interruptions.extend([
+                (0, libc::EINTR),
+                (1, libc::EINTR),
+                (2, libc::EAGAIN),
+                (0, libc::EINTR),
+            ]);
+        };
+    });
+    let failed = outcome.commands.iter().filter(|(_, errno)| *errno != 0).count();
+    assert_eq!(
+        (failed, outcome.exits.len()),
+        (10, 1),
+        "{:?} {}",
+        outcome.commands,
+        outcome.stderr
+    );
+    let mrtd = hex(&outcome.measurement.unwrap());
+    assert!(
+        predicted(&place, "tdx").contains(&mrtd),
+        "interruptions change nothing that is measured"
     );
 }

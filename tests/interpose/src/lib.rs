@@ -24,6 +24,7 @@ use std::thread;
 pub use machine::Ran;
 pub use scenario::Scenario;
 pub use state::TD_RESET;
+pub use tables::TDCALL_PORT;
 pub use trace::Ended;
 
 use host::Host;

@@ -211,7 +211,10 @@ impl Machine {
         };
         let last = name.starts_with("FINALIZE") || name.starts_with("SNP_LAUNCH_FINISH");
         if last && answer.is_ok() {
-            let adapted = tables::adapt(&self.vm, call);
+            let mut adapted = tables::adapt(&self.vm, call);
+            if self.is_td() {
+                adapted = adapted.and_then(|()| tables::replace_tdcalls(&self.vm, call));
+            }
             return (name, adapted);
         }
         (name, answer)
