@@ -459,8 +459,8 @@ fn what_a_tdx_host_lacks_or_refuses_is_said_in_one_line() {
             Case {
                 name: "too many vcpus",
                 args: &["--cpus", "9"],
-                code: 22,
-                says: "vCPU",
+                code: 20,
+                says: "at most --cpus 8",
                 ..AS_IT_IS
             },
         ],

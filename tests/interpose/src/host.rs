@@ -200,11 +200,11 @@ impl Host {
             CHECK_EXTENSION => {
                 let number = u32::try_from(argument).unwrap_or(u32::MAX);
                 let known = self.scenario.extension(argument);
-                let by_type = machine
-                    .vm
+                return match machine
                     .extension(number)
-                    .and_then(|value| u32::try_from(value).ok());
-                return match by_type.or(known).filter(|_| !machine.is_plain()) {
+                    .or(known)
+                    .filter(|_| !machine.is_plain())
+                {
                     Some(value) => call.answer(i64::from(value)),
                     None => {
                         call.pass();

@@ -10,6 +10,7 @@ use crate::vm::{Region, Vm};
 use crate::{snp_vm, tables, tdx_vm};
 use tdx::model::Entry;
 
+const CAP_MAX_VCPUS: u32 = 66;
 const CAP_SPLIT_IRQCHIP: u32 = 121;
 const CAP_EXIT_HYPERCALL: u32 = 201;
 const CAP_BUS_CYCLES: u32 = 237;
@@ -148,6 +149,15 @@ impl Machine {
             run_page: None,
             primed: false,
         });
+    }
+
+    /// `KVM_CHECK_EXTENSION` on the VM where its type decides.
+    pub(crate) fn extension(&self, number: u32) -> Option<u32> {
+        match &self.kind {
+            Kind::Plain => None,
+            Kind::Tdx(model) if number == CAP_MAX_VCPUS => Some(model.kernel.max_vcpus),
+            Kind::Tdx(_) | Kind::Snp(_) => u32::try_from(self.vm.extension(number)?).ok(),
+        }
     }
 
     pub(crate) fn create_irqchip(&self) -> Result<(), i32> {

@@ -16,6 +16,9 @@ use crate::cpuid;
 use crate::ending::RunError;
 use crate::ram::{self, GuestRam, KvmBacking};
 
+/// `KVM_CAP_MAX_VCPUS`.
+const MAX_VCPUS: u32 = 66;
+
 /// A VM with memory, before anything is launched into it.
 #[derive(Debug)]
 pub(super) struct Ground {
@@ -85,6 +88,16 @@ impl Ground {
 
     /// Creates all vCPUs, each with its CPUID. Only after the platform has begun its launch.
     pub(super) fn vcpus(&self, cpus: u32) -> Result<Vec<Vcpu>, RunError> {
+        // Only the VM itself can tell: its type may allow fewer than KVM does, a TD one for each CPU of the host.
+        let most = self.vm.capability(MAX_VCPUS);
+        if cpus > most {
+            return Err(RunError::HostLacks {
+                what: format!(
+                    "cpus: {cpus} are more than the {most} vCPUs that KVM allows this guest on this host"
+                ),
+                remedy: format!("give at most --cpus {most}"),
+            });
+        }
         (0..cpus)
             .map(|index| {
                 let vcpu = self.vm.create_vcpu(index)?;
