@@ -193,8 +193,11 @@ fn each_wish_has_its_line_and_one_failure_fails_the_quote() {
 #[test]
 fn a_prediction_is_taken_from_the_json_of_measure() {
     let dir = Scratch::new("prediction");
-    let prediction =
-        |mrtd: &str, rtmr1: &str| format!(r#"{{"schema":1,"mrtd":"{mrtd}","rtmr1":"{rtmr1}","digests":[]}}"#);
+    let (rtmr0, rtmr2, zeros) = (stated("rtmr0"), stated("rtmr2"), "00".repeat(48));
+    let prediction = |mrtd: &str, rtmr1: &str| {
+        let rtmrs = format!(r#"["{rtmr0}","{rtmr1}","{rtmr2}","{zeros}"]"#);
+        format!(r#"{{"schema":1,"mrtd":"{mrtd}","rtmrs":{rtmrs}}}"#)
+    };
     let (mrtd, rtmr1, other) = (stated("mrtd"), stated("rtmr1"), "5a".repeat(48));
     let cases: [(String, &[&str], i32, &str); 6] = [
         (prediction(&mrtd, &rtmr1), &[], 0, "\nok     rtmr1 "),
@@ -227,6 +230,35 @@ fn a_prediction_is_taken_from_the_json_of_measure() {
             "{json}: {out}{err}"
         );
     }
+}
+
+#[test]
+fn measure_writes_what_quote_reads() {
+    let dir = Scratch::new("measured");
+    let mut kernel = vec![0; 6 * 512];
+    let fields: [(usize, &[u8]); 6] = [
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 0x02]),
+        (0x211, &[1]),
+        (0x236, &[1, 0]),
+        (0x238, &[0xff, 7, 0, 0]),
+    ];
+    for (at, bytes) in fields {
+        kernel[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    dir.write("kernel", kernel);
+    let args = ["measure", "--platform", "tdx", "--kernel", "kernel", "--json"];
+    let (code, out, err) = feed(&dir.0, &args, b"");
+    assert_eq!((code, err.as_str()), (0, ""));
+    dir.write("predicted.json", &out);
+    let file = recorded("td10-v4.quote");
+    let (code, out, err) = quote(&dir.0, &[&file, "--measure-json", "predicted.json"]);
+    assert_eq!((code, err.as_str()), (40, ""));
+    for name in ["mrtd", "rtmr0", "rtmr1", "rtmr2"] {
+        assert!(out.contains(&format!("\nFAILED {name} ")), "{out}");
+    }
+    assert!(out.contains("\n-      rtmr3 "), "{out}");
 }
 
 #[test]

@@ -39,28 +39,24 @@ const MOST_BYTES: usize = 4 << 20;
 #[derive(Deserialize)]
 struct Prediction {
     mrtd: String,
-    rtmr0: Option<String>,
-    rtmr1: Option<String>,
-    rtmr2: Option<String>,
+    /// Absent for a launch whose firmware measures what cvmm does not know.
+    #[serde(default)]
+    rtmrs: Vec<String>,
 }
 
+/// The registers that a prediction is about, beside MRTD. RTMR3 is the running guest's.
+const PREDICTED: [Register; 3] = [Register::Rtmr0, Register::Rtmr1, Register::Rtmr2];
+
 impl Prediction {
-    fn registers(self) -> Result<Vec<(Register, Measurement)>, NoPrediction> {
-        let fields = [
-            (Register::Mrtd, Some(self.mrtd)),
-            (Register::Rtmr0, self.rtmr0),
-            (Register::Rtmr1, self.rtmr1),
-            (Register::Rtmr2, self.rtmr2),
-        ];
-        let given = fields
+    fn registers(&self) -> Result<Vec<(Register, Measurement)>, NoPrediction> {
+        let rtmrs = PREDICTED.into_iter().zip(&self.rtmrs);
+        [(Register::Mrtd, &self.mrtd)]
             .into_iter()
-            .filter_map(|(register, text)| Some((register, text?)));
-        given
-            .map(|(register, text)| match text.parse() {
-                Ok(value) => Ok((register, value)),
-                Err(_) => Err(NoPrediction::Digest {
-                    name: register.name(),
-                }),
+            .chain(rtmrs)
+            .map(|(register, text)| {
+                let name = register.name();
+                let value = text.parse().map_err(|_| NoPrediction::Digest { name })?;
+                Ok((register, value))
             })
             .collect()
     }
