@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use blob::{Blob, Blob32, Blob48};
 pub use net::{Backend, Mac, Net};
 pub use snp::{Policy, Snp};
-pub use tdx::{Attributes, Tdx};
+pub use tdx::{Attributes, QuoteService, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
 
 /// Everything about one machine. An absent field means its default, which [`Config::with_defaults`] fills in.

@@ -45,7 +45,7 @@ pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
             (Box::new(snp), launched)
         }
         PlatformSpec::Tdx(spec) => {
-            let tdx = Tdx::new(spec.config.clone(), None, td_reason);
+            let tdx = Tdx::new(spec.config.clone(), spec.quotes.clone(), td_reason);
             let launched = Launched(Some(tdx.digest()));
             (Box::new(tdx), launched)
         }

@@ -227,7 +227,7 @@ fn resolve_platform(config: &Config, facts: HostFacts) -> Result<PlatformSpec, S
     Ok(match chosen {
         Chosen::Soft => PlatformSpec::Soft,
         Chosen::Snp(host) => PlatformSpec::Snp(SnpSpec::check(&config.snp, &host)?),
-        Chosen::Tdx => PlatformSpec::Tdx(TdxSpec::of(&config.tdx)),
+        Chosen::Tdx => PlatformSpec::Tdx(TdxSpec::check(&config.tdx)?),
     })
 }
 

@@ -1,13 +1,14 @@
 //! What only an Intel TDX launch needs.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::blob::Blob48;
-use super::text::{BadValue, bad, serde_as_text};
+use super::text::{BadValue, bad, number, serde_as_text};
 
 #[derive(Args, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields)]
@@ -33,6 +34,11 @@ pub struct Tdx {
     #[arg(long, value_name = "HEX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mrownerconfig: Option<Blob48>,
+    /// Where the guest's quotes come from: the Unix socket of the host's quote generation service (QGS), or its vsock
+    /// address. Without it, and while nobody answers there, a request for a quote fails at once
+    #[arg(long, value_name = "PATH|vsock=CID:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quote_service: Option<QuoteService>,
 }
 
 impl Tdx {
@@ -42,6 +48,7 @@ impl Tdx {
             mrconfigid: flags.mrconfigid.or(self.mrconfigid),
             mrowner: flags.mrowner.or(self.mrowner),
             mrownerconfig: flags.mrownerconfig.or(self.mrownerconfig),
+            quote_service: flags.quote_service.or(self.quote_service),
         }
     }
 }
@@ -69,3 +76,46 @@ impl fmt::Display for Attributes {
     }
 }
 serde_as_text!(Attributes);
+
+/// Where a quote generation service listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QuoteService {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A vsock port; context id 1 is this machine, 2 the host below it.
+    Vsock {
+        /// Context id.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
+}
+
+impl FromStr for QuoteService {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let form = "write the path of a Unix socket, or vsock=CID:PORT, for example vsock=2:4050";
+        match text.strip_prefix("vsock=") {
+            None if text.is_empty() => bad(form),
+            None => Ok(Self::Unix(text.into())),
+            Some(address) => match address.split_once(':') {
+                Some((cid, port)) => Ok(Self::Vsock {
+                    cid: number("cid", cid)?,
+                    port: number("port", port)?,
+                }),
+                None => bad(form),
+            },
+        }
+    }
+}
+
+impl fmt::Display for QuoteService {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(to),
+            Self::Vsock { cid, port } => write!(to, "vsock={cid}:{port}"),
+        }
+    }
+}
+serde_as_text!(QuoteService);

@@ -52,6 +52,25 @@ fn flags_and_json_are_one_model() {
 }
 
 #[test]
+fn options_of_tdx_have_their_twins() {
+    let id = "5a".repeat(48);
+    for service in ["/run/tdx-qgs/qgs.socket", "vsock=2:4050"] {
+        let line = format!(
+            "--platform tdx --td-attributes 0x10000000 --mrconfigid {id} --mrowner {id} --mrownerconfig {id} \
+             --quote-service {service}"
+        );
+        let json = format!(
+            r#"{{"platform":"tdx","tdx":{{"td_attributes":"0x10000000","mrconfigid":"{id}","mrowner":"{id}",
+                "mrownerconfig":"{id}","quote_service":"{service}"}}}}"#
+        );
+        let flags = parse(&line).unwrap();
+        assert_eq!(from_json(&json).unwrap(), flags);
+        assert_eq!(from_json(&serde_json::to_string(&flags).unwrap()).unwrap(), flags);
+        assert_eq!(Config::default().overlaid(flags.clone()), flags);
+    }
+}
+
+#[test]
 fn flags_are_laid_over_the_file() {
     let file = parse("--kernel k --memory 1G --disk a --console pty --debug-swap").unwrap();
     let flags = parse("--memory 2G --cpus 4 --disk b,ro --rng").unwrap();
@@ -137,6 +156,12 @@ fn malformed_flags_are_refused_with_the_form_to_write() {
         ("--events fd:x", "fd: and the number of an open descriptor"),
         ("--platform sev", "[possible values: auto, soft, snp, tdx]"),
         ("--id-block b", "--id-auth"),
+        (
+            "--quote-service vsock=2",
+            "or vsock=CID:PORT, for example vsock=2:4050",
+        ),
+        ("--quote-service vsock=2:x", "port=x is not a number in range"),
+        ("--quote-service vsock=-1:4050", "cid=-1 is not a number in range"),
     ];
     for (line, says) in cases {
         let error = parse(line).unwrap_err().to_string();

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 
 use super::*;
-use crate::config::{Attributes, Blob, Policy, Snp, Tdx};
+use ::tdx::qgs::Address;
+
+use crate::config::{Attributes, Blob, Policy, QuoteService, Snp, Tdx};
 
 #[test]
 fn a_good_machine_resolves_with_everything_open() {
@@ -125,6 +127,50 @@ fn options_of_tdx() {
     soft.tdx.mrowner = Some(Blob([0; 48]));
     let message = "--mrowner: only a TDX guest has it; add --platform tdx or remove it";
     assert_eq!(place.refuse(soft), (message.to_owned(), 2));
+}
+
+#[test]
+fn a_quote_service_is_a_socket_or_comes_later() {
+    let place = Place::new("quotes");
+    fs::write(place.path("file"), "").unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
+    let resolve = |service: QuoteService| {
+        let mut config = place.config();
+        config.platform = Some(PlatformName::Tdx);
+        config.tdx.quote_service = Some(service);
+        let mut facts = facts();
+        facts.tdx = Some(Ok(()));
+        MachineSpec::resolve(config, facts)
+    };
+    for name in ["socket", "later"] {
+        let path = place.path(name);
+        let spec = resolve(QuoteService::Unix(path.clone())).unwrap();
+        let PlatformSpec::Tdx(spec) = &spec.parts().platform else {
+            panic!("not TDX");
+        };
+        assert_eq!(spec.quotes, Some(Address::Unix(path)));
+    }
+    let long = place.path(&"x".repeat(110));
+    let cases = [
+        (
+            place.path("file"),
+            "quote-service DIR/file: is a regular file; give the socket of the QGS",
+        ),
+        (
+            place.path("."),
+            "quote-service DIR/.: is a directory; give the socket of the QGS",
+        ),
+        (
+            long,
+            "bytes are more than the 107 of a socket path; give a shorter one",
+        ),
+    ];
+    for (path, says) in cases {
+        let error = resolve(QuoteService::Unix(path)).unwrap_err();
+        let text = error.to_string().replace(place.0.to_str().unwrap(), "DIR");
+        assert!(text.contains(says), "{text}");
+        assert_eq!(error.class(), ExitClass::Usage);
+    }
 }
 
 #[test]
