@@ -1,5 +1,5 @@
-//! Services of the host's kernel that no crate at hand wraps: inherited descriptors, and signals as
-//! a descriptor.
+//! Services of the host's kernel that no crate at hand wraps: inherited descriptors, signals as a descriptor, and the
+//! version of Landlock.
 // UNSAFETY: raw system calls.
 #![expect(unsafe_code)]
 
@@ -68,6 +68,16 @@ impl AsFd for SignalFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Version of Landlock that the kernel speaks (Linux, "Landlock: unprivileged access control", "Current limitations").
+///
+/// # Errors
+/// `ENOSYS` without Landlock, `EOPNOTSUPP` where it is switched off.
+pub fn landlock_version() -> io::Result<u32> {
+    // SAFETY: no pointer is passed; with this flag the kernel only answers with a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0_usize, 0_usize, 1_u32) };
+    u32::try_from(version).map_err(|_| io::Error::last_os_error())
 }
 
 #[cfg(test)]

@@ -126,6 +126,47 @@ def kernel_changed_under_the_shim_is_refused(host):
     return "the shim refused" if refused else "the shim had its copy already"
 
 
+def every_thread_is_confined(host):
+    """With all devices up, each thread has filters, no capability, and no way to new privileges; Landlock is on."""
+    fields = "Name|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs|Seccomp"
+    look = f"await CVMM-WAITING && grep -hE '^({fields}):' /proc/$PID/task/*/status; kill -TERM $PID"
+    ended = host.guest(
+        "--cpus", "2", "--disk", "/root/disk", "--rng", "--vsock", "cid=9,uds=/tmp/v", run="wait", extra=look,
+    )  # fmt: skip
+    assert ended.code == 0, (ended.code, ended.tail())
+    threads = [dict(re.findall(r"(\w+):\s*(\S+)", "Name:" + part)) for part in ended.extra.split("Name:")[1:]]
+    assert {thread["Name"] for thread in threads} >= {"cvmm", "events", "vcpu0", "vcpu1"}, threads
+    for thread in threads:
+        name = thread.pop("Name")
+        assert (thread.pop("NoNewPrivs"), thread.pop("Seccomp")) == ("1", "2"), name
+        assert set(thread.values()) == {"0" * 16} and len(thread) == 5, (name, thread)
+    state = next(event for event in ended.events if event["event"] == "sandbox")
+    assert state["seccomp"] and state["landlock"] >= 6, state
+    return f"{len(threads)} threads, Landlock {state['landlock']}"
+
+
+def a_jailed_machine_works(host):
+    """As another user in an empty root and a cgroup of its own: all devices, both directions of vsock, then a reboot."""
+    host.shell("mkdir -p /cg && mount -t cgroup2 none /cg 2>/dev/null; mkdir -p /cg/jail /run/jail && chmod 711 /root")
+    jail = ["--user", "1234:1234", "--cgroup", "/cg/jail"]
+    look = (
+        "until [ -S v_5000 ]; do sleep 0.2; done; chmod 777 /root v_5000; await CVMM-INIT;"
+        " ls -A /proc/$PID/root; grep -E '^(Uid|Gid|Groups)' /proc/$PID/status; cat /cg/jail/cgroup.procs;"
+        " await CVMM-INIT 2; kill -TERM $PID; sleep 1; kill -TERM $PID"
+    )
+    ended = host.guest(
+        *jail, "--disk", "/root/disk", "--rng", run="smp,disk,net,vsock,rng", net=True, VSOCK=1, timeout=420, extra=look,
+        cmdline=f"{NETWORK} cvmm.disk_mib=16 cvmm.net_mib=8 cvmm.vsock_mib=8 cvmm.then=reboot",
+    )  # fmt: skip
+    for name in ("smp", "disk", "net", "vsock", "rng"):
+        verdict = ended.results().get(name, ("missing", ""))
+        assert verdict[0] == "PASS", (name, verdict, ended.tail())
+    assert ended.code in (0, 143) and "guest_reboot" in ended.event_names(), (ended.code, ended.tail())
+    root, *rest = ended.extra.split("\n")
+    assert root == "root" and "1234\t1234\t1234\t1234" in ended.extra, ended.extra
+    assert len([line for line in rest if line.isdigit()]) == 1, ended.extra
+
+
 def doctor_finds_a_host_for_soft(host):
     """This L1 runs stock guests; doctor says so, and says what is missing for SNP."""
     code, text = host.shell("/root/cvmm doctor", check=False)
@@ -144,5 +185,7 @@ TESTS = [
     kill_9_leaves_nothing_behind,
     disk_full_is_an_error_in_the_guest,
     kernel_changed_under_the_shim_is_refused,
+    every_thread_is_confined,
+    a_jailed_machine_works,
     doctor_finds_a_host_for_soft,
 ]

@@ -2,6 +2,7 @@
 //! touches the host; `crate::spec` turns a `Config` into a checked machine.
 
 mod blob;
+mod confine;
 mod net;
 mod snp;
 mod tdx;
@@ -15,6 +16,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 pub use blob::{Blob, Blob32, Blob48};
+pub use confine::{Account, Confine, Switch};
 pub use net::{Backend, Mac, Net};
 pub use snp::{Policy, Snp};
 pub use tdx::{Attributes, QuoteService, Tdx};
@@ -76,6 +78,13 @@ pub struct Config {
         reason = "clap would take the text for the command's description"
     )]
     pub notify: Notify,
+    #[command(flatten)]
+    #[serde(skip_serializing_if = "is_default")]
+    #[expect(
+        missing_docs,
+        reason = "clap would take the text for the command's description"
+    )]
+    pub confine: Confine,
 }
 
 #[derive(Args, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
@@ -263,6 +272,7 @@ impl Config {
             },
             snp: self.snp.overlaid(flags.snp),
             tdx: self.tdx.overlaid(flags.tdx),
+            confine: self.confine.overlaid(flags.confine),
             notify: Notify {
                 events: flags.notify.events.or(self.notify.events),
                 no_reboot: flags.notify.no_reboot || self.notify.no_reboot,
@@ -286,6 +296,10 @@ impl Config {
             devices: Devices {
                 console: Some(Console::Stdio),
                 ..Devices::default()
+            },
+            confine: Confine {
+                sandbox: Some(Switch::On),
+                ..Confine::default()
             },
             ..Self::default()
         };

@@ -34,6 +34,17 @@ pub enum Event {
         #[serde(skip_serializing_if = "Option::is_none")]
         console: Option<String>,
     },
+    /// cvmm gave up what it does not need.
+    Sandbox {
+        /// System calls are filtered.
+        seccomp: bool,
+        /// Version of Landlock that restricts access by path; absent if nothing does.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        landlock: Option<i32>,
+        /// The user that cvmm became.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        user: Option<u32>,
+    },
     /// The launch is sealed.
     Measured {
         /// Launch digest in hexadecimal digits.
@@ -125,6 +136,7 @@ pub struct Events(Arc<Shared>);
 struct Shared {
     sink: Mutex<Sink>,
     ready: Mutex<Option<File>>,
+    systemd: Option<UnixDatagram>,
 }
 
 #[derive(Debug, Default)]
@@ -204,6 +216,7 @@ impl Events {
                 ..Sink::default()
             }),
             ready: Mutex::new(ready),
+            systemd: systemd(),
         }))
     }
 
@@ -242,8 +255,8 @@ impl Events {
         {
             log::warn!("ready-fd: {e}");
         }
-        if let Some(path) = env::var_os("NOTIFY_SOCKET")
-            && let Err(e) = notify_systemd(&path)
+        if let Some(socket) = &self.0.systemd
+            && let Err(e) = socket.send(b"READY=1\n")
         {
             log::warn!("NOTIFY_SOCKET: {e}");
         }
@@ -320,7 +333,14 @@ fn adopt(fd: OwnedFd, number: u32) -> io::Result<Target> {
     Ok(Target::Socket(socket))
 }
 
-fn notify_systemd(path: &std::ffi::OsStr) -> io::Result<()> {
+/// The socket of systemd, if it waits for news. Connected early: later its path may be out of reach.
+fn systemd() -> Option<UnixDatagram> {
+    let path = env::var_os("NOTIFY_SOCKET")?;
+    let connected = connect(&path);
+    connected.inspect_err(|e| log::warn!("NOTIFY_SOCKET: {e}")).ok()
+}
+
+fn connect(path: &std::ffi::OsStr) -> io::Result<UnixDatagram> {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::net::SocketAddr;
@@ -330,7 +350,8 @@ fn notify_systemd(path: &std::ffi::OsStr) -> io::Result<()> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
-    socket.send_to_addr(b"READY=1\n", &address).map(drop)
+    socket.connect_addr(&address)?;
+    Ok(socket)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod platform;
 pub mod quote;
 pub mod ram;
 pub mod report;
+pub mod sandbox;
 pub mod signals;
 pub mod sink;
 pub mod spec;

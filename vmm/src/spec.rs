@@ -2,6 +2,7 @@
 //! before anything is created, and what was checked stays open, so that nothing can change in between.
 
 pub mod bzimage;
+pub mod confine;
 mod console;
 pub mod disk;
 pub mod file;
@@ -29,6 +30,7 @@ use tdx::{TdxOptionError, TdxSpec};
 
 use crate::config::{Config, Console, Devices, PlatformName, Size, Vsock};
 use crate::ending::ExitClass;
+use crate::sandbox::Plan;
 
 /// A checked machine. Only [`MachineSpec::resolve`] makes one, so holding it proves that it is valid.
 #[derive(Debug)]
@@ -49,6 +51,8 @@ pub struct Parts {
     pub devices: DeviceSpecs,
     /// A reboot starts the machine anew instead of ending it.
     pub reboots: bool,
+    /// What is given up before the guest runs.
+    pub confine: Plan,
 }
 
 /// Platform with what only it needs.
@@ -137,6 +141,9 @@ pub enum SpecError {
     /// The host.
     #[error(transparent)]
     Host(#[from] HostLack),
+    /// User or cgroup.
+    #[error(transparent)]
+    Confine(#[from] confine::ConfineError),
     /// The context id is reserved.
     #[error("vsock cid={cid}: reserved; give one from 3 to 4294967294")]
     Cid {
@@ -193,6 +200,7 @@ impl MachineSpec {
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), most_cpus)?;
         let payload = Payload::check(&config.boot, memory)?;
         let devices = CheckedDevices::check(&config.devices)?;
+        let confine = confine::check(&config)?;
         facts.require_kvm()?;
         let platform = resolve_platform(&config, facts)?;
         Ok(Self(Parts {
@@ -202,6 +210,7 @@ impl MachineSpec {
             payload,
             devices: devices.open(config.devices)?,
             reboots: !config.notify.no_reboot,
+            confine,
         }))
     }
 

@@ -1,5 +1,6 @@
 //! One vCPU: run, decode, serve, repeat.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -261,9 +262,16 @@ pub enum VcpuEnd {
     Failed(VcpuError),
 }
 
-/// Runs `vcpu` on this thread until the guest ends or `stop` is set (set it, then kick the thread).
-pub fn run(vcpu: &mut Vcpu, to: &Services, stop: &AtomicBool) -> VcpuEnd {
-    let _kicks = match vcpu.listen_for_kicks() {
+/// Runs `vcpu` on this thread until the guest ends or `stop` is set (set it, then kick the thread). `confine` gives up
+/// what the thread does not need any more before it enters the guest.
+pub fn run(
+    vcpu: &mut Vcpu,
+    to: &Services,
+    stop: &AtomicBool,
+    confine: impl FnOnce() -> io::Result<()>,
+) -> VcpuEnd {
+    let listening = vcpu.listen_for_kicks();
+    let _kicks = match listening.and_then(|kicks| confine().map(|()| kicks)) {
         Ok(guard) => guard,
         Err(source) => {
             let index = vcpu.index();

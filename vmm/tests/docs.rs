@@ -53,6 +53,7 @@ fn the_process_contract_lists_exit_codes_and_events() {
     }
     for event in [
         "started",
+        "sandbox",
         "measured",
         "running",
         "device_broken",

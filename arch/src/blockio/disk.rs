@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Engine;
 use super::flight::{Flight, Work};
 use super::pool::{Crew, Place, Pool};
 use super::uring::Uring;
+use super::{Engine, Enter};
 
 /// Sizes of a disk, all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,15 +79,15 @@ impl Disk {
 
     /// One engine for each of `queues`, the fastest that this host and file allow, for at most `depth`
     /// operations in flight each. A file in memory is copied on the spot; else the kernel's `io_uring` is used
-    /// if this process may, else threads.
-    pub fn engines(&self, queues: u16, depth: u16) -> Vec<Box<dyn Engine>> {
+    /// if this process may, else threads, which call `enter` first.
+    pub fn engines(&self, queues: u16, depth: u16, enter: &Enter) -> Vec<Box<dyn Engine>> {
         if self.in_memory {
             return (0..queues).map(|_| self.inline_engine(depth)).collect();
         }
         let rings: io::Result<_> = (0..queues).map(|_| self.uring_engine(depth)).collect();
         rings.unwrap_or_else(|e| {
             log::info!("disk I/O uses threads, because io_uring is not available: {e}");
-            (0..queues).map(|_| self.thread_engine(depth)).collect()
+            (0..queues).map(|_| self.thread_engine(depth, enter)).collect()
         })
     }
 
@@ -100,8 +100,9 @@ impl Disk {
         Ok(Box::new(uring))
     }
 
-    /// An engine on a few threads, which all engines of the disk share and which start when needed.
-    pub fn thread_engine(&self, depth: u16) -> Box<dyn Engine> {
+    /// An engine on a few threads, which all engines of the disk share. They start here and call `enter` first.
+    pub fn thread_engine(&self, depth: u16, enter: &Enter) -> Box<dyn Engine> {
+        self.crew.staff(enter);
         let (crew, notify) = (Arc::clone(&self.crew), Arc::clone(&self.notify));
         Box::new(Pool::new(crew, notify, depth, Place::Threads))
     }

@@ -10,6 +10,7 @@ mod uring;
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::addr::Gpa;
@@ -109,6 +110,10 @@ pub trait Engine: Send + Debug {
     /// Finishes everything in flight and forgets it; false if the host did not get there within `limit`.
     fn quiesce(&mut self, limit: Duration) -> bool;
 }
+
+/// What a thread for disk I/O does before its work: it gives up what it does not need. A thread for which that fails
+/// does not work.
+pub type Enter = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// How long a dropped engine waits for the host.
 const DROP_LIMIT: Duration = Duration::from_secs(10);

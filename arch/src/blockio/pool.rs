@@ -1,4 +1,5 @@
-//! Disk I/O on plain blocking system calls: in the calling thread, or on a few threads.
+//! Disk I/O on plain blocking system calls: in the calling thread, or on a few threads that exist from the start, so that
+//! nobody who serves a guest has to be able to make threads.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -11,15 +12,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::call;
 use super::flight::{Flight, Step};
-use super::{Action, DROP_LIMIT, Done, Engine, Refused};
+use super::{Action, DROP_LIMIT, Done, Engine, Enter, Refused};
 use crate::mem::SharedMem;
 
-/// Most threads for one disk.
-const MAX_THREADS: usize = 4;
+/// Threads for one disk.
+const THREADS: usize = 4;
 /// Stack of such a thread in bytes; it holds a few frames and a system call.
 const STACK_BYTES: usize = 64 << 10;
 
-/// The threads that work for one disk. They start when there is work and end with the disk.
+/// The threads that work for one disk. They end with it.
 #[derive(Debug)]
 pub(super) struct Crew {
     file: Arc<File>,
@@ -36,7 +37,6 @@ struct Board {
 struct Jobs {
     waiting: VecDeque<(Flight, Arc<Outbox>)>,
     threads: usize,
-    idle: usize,
     closed: bool,
 }
 
@@ -90,35 +90,49 @@ impl Crew {
         }
     }
 
-    /// Queues `flights` and makes sure that someone works on them: threads, or this one if the host has no
-    /// room for a thread.
+    /// Starts the threads, once. Each calls `enter` first and ends if that fails; as many as the host has room for.
+    pub(super) fn staff(&self, enter: &Enter) {
+        let mut jobs = lock(&self.board.jobs);
+        while jobs.threads < THREADS {
+            if let Err(e) = self.hire(enter) {
+                log::warn!("a disk has {} of {THREADS} threads: {e}", jobs.threads);
+                return;
+            }
+            jobs.threads = jobs.threads.saturating_add(1);
+        }
+    }
+
+    fn hire(&self, enter: &Enter) -> io::Result<()> {
+        let (file, board, enter) = (Arc::clone(&self.file), Arc::clone(&self.board), Arc::clone(enter));
+        std::thread::Builder::new()
+            .name("disk".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || match enter() {
+                Ok(()) => board.serve(&file),
+                Err(e) => board.leave(&file, &e),
+            })?;
+        Ok(())
+    }
+
+    /// Queues `flights` for the threads, or does them here if there are none.
     fn assign(&self, flights: impl Iterator<Item = Flight>, outbox: &Arc<Outbox>) {
         let mut jobs = lock(&self.board.jobs);
         jobs.waiting
             .extend(flights.map(|flight| (flight, Arc::clone(outbox))));
-        for _ in 0..jobs.waiting.len().min(MAX_THREADS) {
+        for _ in 0..jobs.waiting.len().min(THREADS) {
             self.board.more.notify_one();
-        }
-        while jobs.threads < MAX_THREADS && jobs.idle < jobs.waiting.len() && self.hire().is_ok() {
-            jobs.threads = jobs.threads.saturating_add(1);
-            jobs.idle = jobs.idle.saturating_add(1);
         }
         if jobs.threads == 0 {
             let waiting = mem::take(&mut jobs.waiting);
             drop(jobs);
-            for (flight, outbox) in waiting {
-                outbox.put(finish(&self.file, flight));
-            }
+            finish_all(&self.file, waiting);
         }
     }
+}
 
-    fn hire(&self) -> io::Result<()> {
-        let (file, board) = (Arc::clone(&self.file), Arc::clone(&self.board));
-        std::thread::Builder::new()
-            .name("disk".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || board.serve(&file))?;
-        Ok(())
+fn finish_all(file: &File, waiting: VecDeque<(Flight, Arc<Outbox>)>) {
+    for (flight, outbox) in waiting {
+        outbox.put(finish(file, flight));
     }
 }
 
@@ -130,21 +144,31 @@ impl Drop for Crew {
 }
 
 impl Board {
-    /// The life of one thread, which counts as idle when it begins.
+    /// The life of one thread.
     fn serve(&self, file: &File) {
         let mut jobs = lock(&self.jobs);
         loop {
             if let Some((flight, outbox)) = jobs.waiting.pop_front() {
-                jobs.idle = jobs.idle.saturating_sub(1);
                 drop(jobs);
                 outbox.put(finish(file, flight));
                 jobs = lock(&self.jobs);
-                jobs.idle = jobs.idle.saturating_add(1);
             } else if jobs.closed {
                 return;
             } else {
                 jobs = self.more.wait(jobs).unwrap_or_else(PoisonError::into_inner);
             }
+        }
+    }
+
+    /// The end of a thread that could not begin. The last one leaves no work behind.
+    fn leave(&self, file: &File, why: &io::Error) {
+        log::error!("a thread for disk I/O cannot start: {why}");
+        let mut jobs = lock(&self.jobs);
+        jobs.threads = jobs.threads.saturating_sub(1);
+        if jobs.threads == 0 {
+            let waiting = mem::take(&mut jobs.waiting);
+            drop(jobs);
+            finish_all(file, waiting);
         }
     }
 }

@@ -20,9 +20,14 @@ type Make = fn(&Disk) -> io::Result<Box<dyn Engine>>;
 
 const ENGINES: [(&str, Make); 3] = [
     ("io_uring", |disk| disk.uring_engine(8)),
-    ("threads", |disk| Ok(disk.thread_engine(8))),
+    ("threads", |disk| Ok(disk.thread_engine(8, &free()))),
     ("caller", |disk| Ok(disk.inline_engine(8))),
 ];
+
+/// Threads that give up nothing.
+fn free() -> Enter {
+    Arc::new(|| Ok(()))
+}
 
 /// Runs `test` for each engine that this host has.
 fn each(disk_bytes: u64, test: impl Fn(&str, &mut Rig)) {
@@ -396,4 +401,20 @@ fn only_files_and_block_devices_are_disks() {
     let file = temp_file(0).unwrap();
     file.set_len(1234).unwrap();
     assert_eq!(Disk::open(file).unwrap().geometry().bytes, 1234);
+}
+
+/// A disk works although none of its threads may.
+#[test]
+fn threads_that_cannot_be_confined_do_not_work() {
+    let file = temp_file(0).unwrap();
+    file.set_len(8192).unwrap();
+    let refused: Enter = Arc::new(|| Err(io::Error::other("no seccomp")));
+    let mut rig = Rig::new(&file, |disk| Ok(disk.inline_engine(8))).unwrap();
+    rig.engine = rig.disk.thread_engine(8, &refused);
+    let segments = [(Gpa(0), 4096)];
+    let read = Action::Read {
+        offset: 0,
+        segments: &segments,
+    };
+    rig.run(read).unwrap();
 }

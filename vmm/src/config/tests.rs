@@ -80,8 +80,7 @@ fn flags_are_laid_over_the_file() {
 
 #[test]
 fn an_empty_configuration_means_the_defaults() {
-    let defaults =
-        "--cmdline console=ttyS0 --memory 512M --cpus 1 --platform auto --machine v1 --console stdio";
+    let defaults = "--cmdline console=ttyS0 --memory 512M --cpus 1 --platform auto --machine v1 --console stdio --sandbox on";
     assert_eq!(Config::default().with_defaults(), parse(defaults).unwrap());
     assert_eq!(from_json("{}"), Ok(Config::default()));
 }

@@ -1,8 +1,10 @@
 //! The host beside KVM: kernel, limits, memory, and what devices can use.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::Path;
+
+use arch::host::landlock_version;
 
 use super::checks::owner;
 use super::report::Check;
@@ -24,6 +26,8 @@ pub(super) fn has_flag(cpuinfo: &str, flag: &str) -> bool {
 
 pub(super) fn checks() -> Vec<Check> {
     vec![
+        seccomp(&read("/proc/sys/kernel/seccomp/actions_avail")),
+        landlock(landlock_version()),
         io_uring(read("/proc/sys/kernel/io_uring_disabled").trim()),
         tun(),
         files(&read("/proc/self/limits")),
@@ -45,6 +49,31 @@ pub(super) fn kernel(release: &str) -> Check {
             "SNP takes Linux 6.11 or later, TDX 6.16; on Debian 12 install linux-image-amd64 from backports",
         )
     }
+}
+
+fn seccomp(actions: &str) -> Check {
+    if actions.split_whitespace().any(|action| action == "kill_process") {
+        return Check::ok("sandbox.seccomp", "system calls can be filtered");
+    }
+    Check::warn(
+        "sandbox.seccomp",
+        "this kernel cannot filter system calls",
+        "take a kernel with CONFIG_SECCOMP_FILTER=y; until then cvmm runs guests only with --sandbox off",
+    )
+}
+
+fn landlock(version: io::Result<u32>) -> Check {
+    let remedy = match version {
+        Ok(version) => return Check::ok("sandbox.landlock", format!("version {version}")),
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            "add landlock to `lsm=` on the kernel's command line; until then cvmm keeps its access to files"
+        }
+        Err(_) => {
+            "take Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK=y, and allow landlock in the container; until then \
+             cvmm keeps its access to files"
+        }
+    };
+    Check::warn("sandbox.landlock", "no Landlock", remedy)
 }
 
 fn io_uring(disabled: &str) -> Check {
@@ -142,6 +171,22 @@ mod tests {
             (kernel("6.12.9-1-amd64"), Status::Ok, "Linux 6.12.9-1-amd64"),
             (kernel("7.0.0"), Status::Ok, "Linux 7.0.0"),
             (kernel("6.1.0-40-amd64"), Status::Warn, "Linux 6.1.0-40-amd64"),
+            (
+                seccomp("kill_process kill_thread trap\n"),
+                Status::Ok,
+                "system calls can be filtered",
+            ),
+            (
+                seccomp(""),
+                Status::Warn,
+                "this kernel cannot filter system calls",
+            ),
+            (landlock(Ok(7)), Status::Ok, "version 7"),
+            (
+                landlock(Err(io::Error::from_raw_os_error(libc::ENOSYS))),
+                Status::Warn,
+                "no Landlock",
+            ),
             (io_uring("0"), Status::Ok, "allowed"),
             (
                 io_uring("2"),

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
-use arch::kvm::vm::Vm;
+use arch::blockio::Enter;
 use devices::bus::{Bus, BusDevice};
 use devices::console::{Console, ConsoleRequest};
 use devices::pci::root::PciRoot;
@@ -16,15 +16,15 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::input::{PowerButton, VirtioPowerButton};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::transport::{VirtioPci, Wires};
-use devices::virtio::vsock::Vsock;
 use shim::layout;
 
+use super::build::Ground;
 use super::inbox::{Inbox, Note};
+use super::run::World;
 use super::wires::{KvmWires, ToMain};
 use crate::ending::RunError;
 use crate::event_loop::EventLoop;
-use crate::ram::GuestRam;
-use crate::spec::DeviceSpecs;
+use crate::sandbox::Thread;
 
 /// Everything outside the vCPUs.
 #[derive(Debug)]
@@ -57,20 +57,20 @@ impl Fitter<'_> {
 }
 
 impl Periphery {
-    /// Makes all devices of `specs` for a VM. The specs stay usable for the machine's next life.
+    /// Makes all devices for a life of the machine. What they are made from stays usable for the next one.
     pub(super) fn fit(
-        specs: &DeviceSpecs,
-        vm: &Arc<Vm>,
-        ram: &GuestRam,
+        world: &World<'_>,
+        ground: &Ground,
         inbox: &Inbox,
         events: &mut EventLoop,
     ) -> Result<Self, RunError> {
-        let kvm = Arc::new(KvmWires(Arc::clone(vm)));
+        let specs = &world.parts.devices;
+        let kvm = Arc::new(KvmWires(Arc::clone(&ground.vm)));
         let observer = inbox
             .address()
             .map_err(RunError::host("making the main thread's inbox"))?;
         let wires = Wires {
-            mem: ram.shared().clone(),
+            mem: ground.ram.shared().clone(),
             interrupts: kvm.clone(),
             kicks: kvm,
             observer: Arc::new(ToMain(Mutex::new(observer))),
@@ -82,9 +82,11 @@ impl Periphery {
             events,
         };
         for (index, disk) in specs.disks.iter().enumerate() {
+            let sandbox = world.sandbox.clone();
+            let enter: Enter = Arc::new(move || sandbox.confine(Thread::Disk));
             let file = disk.file.try_clone();
-            let opened =
-                file.and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index)));
+            let opened = file
+                .and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index), &enter));
             let doing = format!("opening disk {}", disk.path.display());
             fitter.attach(
                 &format!("disk{index}"),
@@ -98,10 +100,8 @@ impl Periphery {
                 .map_err(|e| RunError::host(doing)(io::Error::other(e)))?;
             fitter.attach(&format!("net{index}"), Box::new(device))?;
         }
-        if let Some(vsock) = &specs.vsock {
-            let device = Vsock::open(vsock.cid.into(), &vsock.uds);
-            let device = device.map_err(|e| RunError::host("opening vsock")(io::Error::other(e)))?;
-            fitter.attach("vsock", Box::new(device))?;
+        if let Some(vsock) = world.vsock {
+            fitter.attach("vsock", Box::new(vsock.clone()))?;
         }
         if specs.rng {
             let rng = VirtioRng::new().map_err(RunError::host("opening the random number device"))?;

@@ -16,6 +16,8 @@ pub(super) enum Note {
     Power(PowerEvent),
     /// A vCPU thread is about to end.
     VcpuEnded(VcpuEnd),
+    /// The event thread cannot go on.
+    EventsFailed(io::Error),
     /// A device stopped serving until its driver resets it.
     DeviceBroken { device: String, reason: String },
     /// The user asks through the console to end the machine.

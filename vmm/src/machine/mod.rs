@@ -4,20 +4,24 @@
 
 mod build;
 mod devices;
+mod event_thread;
 mod inbox;
 mod run;
 mod threads;
 mod wires;
 
+use std::io;
 use std::path::Path;
 
+use ::devices::virtio::vsock::Vsock;
 use arch::kvm::system::Host;
 
 use crate::ending::{Ending, RunError};
 use crate::events::{Event, Events};
 use crate::plan::Payload;
+use crate::sandbox::Sandbox;
 use crate::signals::Signals;
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, VsockSpec};
 use run::World;
 
 /// Runs a machine until its guest powers off, ends itself or crashes, or a signal ends it. Reboots happen inside.
@@ -29,6 +33,10 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
     let payload = Payload::of(&parts.payload)
         .map_err(|e| RunError::host(format!("reading {}", e.path.display()))(e.source))?;
+    let vsock = parts.devices.vsock.as_ref().map(open_vsock).transpose()?;
+    // From here on every life of the machine is built under the same rules, the first and those after a reboot.
+    let sandbox = Sandbox::enter(&parts.confine)?;
+    events.emit(&sandbox.event());
     loop {
         let mut world = World {
             host: &host,
@@ -36,6 +44,8 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
             payload: &payload,
             events: &events,
             signals: &mut signals,
+            vsock: vsock.as_ref(),
+            sandbox: &sandbox,
         };
         let ending = run::live(&mut world)?;
         if ending != Ending::Reboot {
@@ -46,4 +56,9 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
             return Ok(ending);
         }
     }
+}
+
+/// The socket is bound once: whoever connects while the guest reboots waits instead of being refused.
+fn open_vsock(spec: &VsockSpec) -> Result<Vsock, RunError> {
+    Vsock::open(spec.cid.into(), &spec.uds).map_err(|e| RunError::host("opening vsock")(io::Error::other(e)))
 }

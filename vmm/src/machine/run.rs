@@ -8,11 +8,13 @@ use arch::addr::{Gpa, PAGE_SIZE, PageRange};
 use arch::kvm::system::Host;
 use arch::kvm::vcpu::Vcpu;
 use devices::power::PowerEvent;
+use devices::virtio::vsock::Vsock;
 use shim::layout;
 use shim::reason::Reason;
 
 use super::build::Ground;
 use super::devices::Periphery;
+use super::event_thread::EventThread;
 use super::inbox::{Inbox, Note};
 use super::threads::VcpuThreads;
 use crate::cpuid;
@@ -21,6 +23,7 @@ use crate::event_loop::EventLoop;
 use crate::events::{Event, Events};
 use crate::plan::{self, Payload};
 use crate::platform;
+use crate::sandbox::Sandbox;
 use crate::signals::{Ask, Signals};
 use crate::spec::{Parts, PlatformSpec};
 use crate::staging::{Content, Staging};
@@ -33,6 +36,8 @@ pub(super) struct World<'a> {
     pub(super) payload: &'a Payload,
     pub(super) events: &'a Events,
     pub(super) signals: &'a mut Signals,
+    pub(super) vsock: Option<&'a Vsock>,
+    pub(super) sandbox: &'a Sandbox,
 }
 
 /// Launches the machine, runs it, and takes it down.
@@ -62,13 +67,20 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         }
     }
 
+    let making = || RunError::host("making the event loops");
     let inbox = Inbox::new().map_err(RunError::host("making the main thread's inbox"))?;
-    let mut event_loop = EventLoop::new().map_err(RunError::host("making the event loop"))?;
-    let periphery = Periphery::fit(&parts.devices, &ground.vm, &ground.ram, &inbox, &mut event_loop)?;
+    let address = || {
+        inbox
+            .address()
+            .map_err(RunError::host("making the main thread's inbox"))
+    };
+    let mut backstage = EventLoop::new().map_err(making())?;
+    let periphery = Periphery::fit(world, &ground, &inbox, &mut backstage)?;
     let Periphery { ports, mmio, button } = periphery;
+    let mut desk_loop = EventLoop::new().map_err(making())?;
     for fd in [inbox.fd(), world.signals.as_fd().as_raw_fd()] {
         // Both are read after every turn; waking up is all that the handler has to do.
-        event_loop
+        desk_loop
             .add(fd, Box::new(|_| ()))
             .map_err(RunError::host("watching for signals"))?;
     }
@@ -79,11 +91,10 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         private_backing: platform.private_memory(),
         platform: sealed,
     };
-    let addresses = (0..parts.cpus)
-        .map(|_| inbox.address())
-        .collect::<io::Result<_>>();
-    let addresses = addresses.map_err(RunError::host("making the main thread's inbox"))?;
-    let threads = VcpuThreads::start(vcpus, &Arc::new(services), addresses)
+    let addresses = (0..parts.cpus).map(|_| address()).collect::<Result<_, _>>()?;
+    let _events = EventThread::start(backstage, address()?, world.sandbox)
+        .map_err(RunError::host("starting the event thread"))?;
+    let threads = VcpuThreads::start(vcpus, &Arc::new(services), addresses, world.sandbox)
         .map_err(RunError::host("starting vCPU threads"))?;
     world.events.emit(&Event::Running {
         vcpu_threads: threads.ids(),
@@ -95,9 +106,7 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
         events: world.events,
     };
     loop {
-        event_loop
-            .turn(-1)
-            .map_err(RunError::host("waiting for events"))?;
+        desk_loop.turn(-1).map_err(RunError::host("waiting for events"))?;
         while let Some(ask) = world.signals.take().map_err(RunError::host("reading signals"))? {
             match ask {
                 Ask::PowerOff(signal) => {
@@ -173,6 +182,7 @@ impl Desk<'_> {
                     self.events.emit(&Event::DeviceBroken { device, reason })
                 }
                 Note::Quit => return Ok(Some(Ending::Forced(SIGINT))),
+                Note::EventsFailed(e) => return Err(RunError::host("waiting for the devices' events")(e)),
                 Note::VcpuEnded(VcpuEnd::Stopped) => {}
                 Note::VcpuEnded(VcpuEnd::Crashed(why)) => return Ok(Some(Ending::Crashed(why))),
                 Note::VcpuEnded(VcpuEnd::Terminated(why)) => return Ok(Some(Ending::Terminated(why))),

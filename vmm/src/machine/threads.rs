@@ -12,6 +12,7 @@ use arch::kvm::vcpu::{Vcpu, kick_signal};
 use vmm_sys_util::signal::Killable;
 
 use super::inbox::{Address, Note};
+use crate::sandbox::{Sandbox, Thread};
 use crate::vcpu::{self, Services, VcpuEnd};
 
 /// Time between two kicks of a thread that has not come out of the guest yet.
@@ -31,6 +32,7 @@ impl VcpuThreads {
         vcpus: Vec<Vcpu>,
         services: &Arc<Services>,
         addresses: Vec<Address>,
+        sandbox: &Sandbox,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (to_ids, ids) = channel();
@@ -41,13 +43,14 @@ impl VcpuThreads {
         };
         for (mut vcpu, to_main) in vcpus.into_iter().zip(addresses) {
             let (services, stop, to_ids) = (Arc::clone(services), Arc::clone(&stop), to_ids.clone());
+            let sandbox = sandbox.clone();
             let name = format!("vcpu{}", vcpu.index());
             let thread = Builder::new().name(name).spawn(move || {
                 let id = rustix::thread::gettid().as_raw_nonzero().get();
                 // `start` waits for exactly this message.
                 let _ = to_ids.send((vcpu.index(), id));
                 drop(to_ids);
-                let end = vcpu::run(&mut vcpu, &services, &stop);
+                let end = vcpu::run(&mut vcpu, &services, &stop, || sandbox.confine(Thread::Vcpu));
                 if !matches!(end, VcpuEnd::Stopped) {
                     to_main.send(Note::VcpuEnded(end));
                 }

@@ -11,7 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arch::blockio::{Disk, Engine};
+use arch::blockio::{Disk, Engine, Enter};
 
 use super::device::{Activation, Running, VirtioDevice};
 use request::{Limits, SECTOR_BYTES, feature};
@@ -40,13 +40,14 @@ pub struct Block {
 
 impl Block {
     /// Takes a disk, locked by the caller if it matters. `id` is what the guest reads as its serial number,
-    /// zero-padded. Bytes after the last whole sector are not offered.
+    /// zero-padded. Bytes after the last whole sector are not offered. Threads for I/O, if there have to be any, call
+    /// `enter` first.
     ///
     /// # Errors
     /// `file` is not a regular file or block device, or there are no queues.
-    pub fn open(file: File, read_only: bool, queues: u16, id: [u8; 20]) -> io::Result<Self> {
+    pub fn open(file: File, read_only: bool, queues: u16, id: [u8; 20], enter: &Enter) -> io::Result<Self> {
         let disk = Disk::open(file)?;
-        let engines = disk.engines(queues, QUEUE_SIZE);
+        let engines = disk.engines(queues, QUEUE_SIZE, enter);
         Self::new(disk, engines, read_only, id)
     }
 

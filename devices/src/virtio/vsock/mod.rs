@@ -37,16 +37,17 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const FIRST_CID: u64 = 3;
 const LAST_CID: u64 = u32::MAX as u64 - 1;
 
-/// A vsock device before its driver is up.
-#[derive(Debug)]
+/// A vsock device before its driver is up. A clone is the same device on the same socket, for the next life of the
+/// machine: only one of them may have a driver at a time.
+#[derive(Clone, Debug)]
 pub struct Vsock {
     cid: u64,
     host: Arc<Host>,
 }
 
 impl Vsock {
-    /// Listens on the Unix socket at `path` for a guest with context ID `cid`. Dropping the device removes
-    /// the socket.
+    /// Listens on the Unix socket at `path` for a guest with context ID `cid`. Dropping the last
+    /// clone removes the socket.
     ///
     /// # Errors
     /// See [`VsockError`].

@@ -73,7 +73,7 @@ fn cost_of_opening() {
     for queues in [1, 4] {
         let cpu = cpu_us();
         for _ in 0..200 {
-            Block::open(file.try_clone().unwrap(), false, queues, ID).unwrap();
+            Block::open(file.try_clone().unwrap(), false, queues, ID, &free()).unwrap();
         }
         println!(
             "{queues} queues  {:8.1} CPU µs with closing",

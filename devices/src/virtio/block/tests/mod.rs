@@ -35,9 +35,14 @@ type Make = fn(&Disk) -> io::Result<Box<dyn Engine>>;
 
 const ENGINES: [(&str, Make); 3] = [
     ("io_uring", |disk| disk.uring_engine(QUEUE_SIZE)),
-    ("threads", |disk| Ok(disk.thread_engine(QUEUE_SIZE))),
+    ("threads", |disk| Ok(disk.thread_engine(QUEUE_SIZE, &free()))),
     ("caller", |disk| Ok(disk.inline_engine(QUEUE_SIZE))),
 ];
+
+/// Threads that give up nothing.
+fn free() -> Enter {
+    Arc::new(|| Ok(()))
+}
 
 /// A file without a name, full of a pattern.
 fn disk_file(bytes: usize) -> File {

@@ -229,7 +229,7 @@ fn one_kick_moves_a_bounded_amount_and_asks_to_be_called_again() {
 #[test]
 fn each_queue_works_and_a_disabled_one_is_left_alone() {
     let file = disk_file(64 << 10);
-    let mut block = Block::open(file, false, 3, ID).unwrap();
+    let mut block = Block::open(file, false, 3, ID, &free()).unwrap();
     assert_eq!(block.queue_sizes(), [QUEUE_SIZE; 3]);
     assert_ne!(block.features() & feature::MQ, 0);
     let (mem, _) = memory();
@@ -258,7 +258,7 @@ fn each_queue_works_and_a_disabled_one_is_left_alone() {
 
 #[test]
 fn the_configuration_says_what_is_true() {
-    let block = Block::open(disk_file(10_000), false, 4, ID).unwrap();
+    let block = Block::open(disk_file(10_000), false, 4, ID, &free()).unwrap();
     assert_eq!(block.capacity_bytes(), 9728);
     let field = |at: u64, size: usize| {
         let mut raw = [0; 8];
@@ -286,7 +286,7 @@ fn the_configuration_says_what_is_true() {
     }
     let known = ALL | feature::SEG_MAX | feature::BLK_SIZE | feature::MQ;
     assert_eq!(block.features(), known);
-    assert!(Block::open(disk_file(512), false, 0, ID).is_err());
+    assert!(Block::open(disk_file(512), false, 0, ID, &free()).is_err());
 }
 
 #[test]
