@@ -1,7 +1,9 @@
 //! A disk of 64 KiB.
 
 use std::fs::File;
+use std::sync::Arc;
 
+use arch::blockio::Enter;
 use devices::virtio::block::Block;
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 
@@ -30,7 +32,8 @@ pub fn disk_on_ring() -> Host {
 
 fn host(file: File, read_only: bool) -> Host {
     file.set_len(BYTES).unwrap();
-    let block = Block::open(file, read_only, QUEUES, *b"serial-0123456789-xy").unwrap();
+    let enter: Enter = Arc::new(|| Ok(()));
+    let block = Block::open(file, read_only, QUEUES, *b"serial-0123456789-xy", &enter).unwrap();
     Host {
         device: Some(Box::new(block)),
         outside: Box::new(Void),
