@@ -75,6 +75,7 @@ def _snp(results, found, runs, _quick):
 
 def _measure(results, found, runs, _quick):
     predict.compare(results, found["cvmm"], runs)
+    predict.td(results, found["cvmm"])
 
 
 PARTS = {"local": _local, "plain": _plain, "snp": _snp, "measure": _measure}

@@ -1,9 +1,11 @@
-"""`cvmm measure` beside sev-snp-measure, each predicting the digest of the same 64-vCPU guest."""
+"""`cvmm measure` beside sev-snp-measure, each predicting the digest of the same 64-vCPU guest; what a TDX launch costs."""
 
+import json
 import resource
 import subprocess
 import sys
 
+import archive
 import cache
 import guest
 from stock import ovmf
@@ -28,6 +30,19 @@ def compare(results, cvmm, runs):
                 results.add("measure_cpu", who, cpu)
             else:
                 results.remark(f"{who} did not predict a digest (exit code {code}): {last}")
+
+
+def td(results, cvmm):
+    """Adds the commands that launch a TD, from the plan itself: cvmm's shim beside Debian's OVMF (any VMM's launch)."""
+    found = dict(guest.files())
+    shim = ["--kernel", found["cloud_kernel"], "--initrd", found["cloud_initrd"]]
+    image = ["--payload", "tdvf", "--firmware", archive.packaged("ovmf-inteltdx", "OVMF.inteltdx.ms.fd")]
+    for who, payload in (("cvmm", shim), ("tdvf", image)):
+        words = [cvmm, "measure", "--platform", "tdx", "--json", *payload]
+        launch = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+        results.add("tdx_pages", who, launch["pages"])
+        results.add("tdx_extends", who, launch["extends"])
+        results.add("tdx_bytes", who, launch["measured_bytes"] / 1024)
 
 
 def _run(words):

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from statistics import median
 
-BASES = ("microvm", "q35", "ovmf", "sev-snp-measure")
+BASES = ("microvm", "q35", "ovmf", "tdvf", "sev-snp-measure")
 
 
 @dataclass
@@ -54,6 +54,9 @@ ROWS = [
     Row("snp_boot_wall", "SNP: wall time of the same", "s", 0.25, "ovmf"),
     Row("snp_exits", "SNP: exits until init", ""),
     Row("snp_pages", "SNP: measured pages, 1 vCPU", "", 21),
+    Row("tdx_pages", "TDX: pages added at launch (TDH.MEM.PAGE.ADD)", "", 21),
+    Row("tdx_extends", "TDX: measuring commands at launch (TDH.MR.EXTEND)", ""),
+    Row("tdx_bytes", "TDX: bytes measured at launch", "KiB"),
     Row("measure_cpu", "CPU of predicting the digest, 64 vCPUs, kernel and initrd given", "s", 0.05, "sev-snp-measure"),
     Row("binary", "stripped static binary", "MiB", 4),
 ]

@@ -22,6 +22,7 @@ use crate::spec::file::FileError;
 use crate::spec::payload::PayloadError;
 use crate::spec::size::{self, SizeError};
 use crate::spec::snp::SnpOptionError;
+use crate::spec::tdx::TdxOptionError;
 
 pub use launch::Launch;
 pub use ovmf::Ovmf;
@@ -98,8 +99,6 @@ impl Subject {
         match given.platform {
             Some(PlatformName::Tdx) => Ok(Prediction::Td(Td::plan(self, given)?.into())),
             Some(PlatformName::Auto) | None if tdvf => Ok(Prediction::Td(Td::plan(self, given)?.into())),
-            _ if tdvf => Err(Unpredictable::TdvfElsewhere),
-            _ if self.two_pass => Err(Unpredictable::OneOrder),
             _ => Ok(Prediction::Launch(Launch::plan(self)?.into())),
         }
     }
@@ -123,6 +122,9 @@ pub enum Unpredictable {
     /// Options of SNP.
     #[error(transparent)]
     Snp(#[from] SnpOptionError),
+    /// Options of TDX.
+    #[error(transparent)]
+    Tdx(#[from] TdxOptionError),
     /// What only an SNP launch has was asked of a TD.
     #[error(
         "platform tdx: only SNP has ID blocks; a TD is approved by its MRTD, see cvmm measure --platform tdx"
@@ -210,6 +212,7 @@ impl Unpredictable {
             | Self::Size(_)
             | Self::Payload(_)
             | Self::Snp(_)
+            | Self::Tdx(_)
             | Self::NotSnp
             | Self::Table
             | Self::NoRegisters { .. }

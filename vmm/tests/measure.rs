@@ -130,12 +130,30 @@ fn machine_v1_as_a_td_is_frozen() {
     same("v1-tdx-registers.txt", &registers);
     let steps = inputs.guest(&[&flags[..], &["--explain"]].concat());
     same("v1-tdx-steps.txt", &steps);
-    let many = inputs.guest(&[&flags[..], &["--cpus", "64", "--memory", "8G"]].concat());
-    assert_eq!(many, registers);
+    let id = "ab".repeat(48);
+    for more in [
+        &["--cpus", "64", "--memory", "8G"][..],
+        &[
+            "--td-attributes",
+            "0x10000000",
+            "--mrconfigid",
+            &id,
+            "--mrowner",
+            &id,
+        ],
+        &["--disk", "/nonexistent", "--rng"],
+    ] {
+        assert_eq!(inputs.guest(&[&flags[..], more].concat()), registers, "{more:?}");
+    }
     let pages = steps.lines().filter(|line| line.contains(" ADD ")).count();
     assert!(pages <= 20, "{pages} pages");
-    let json = inputs.guest(&[&flags[..], &["--json", "--explain"]].concat());
+    let json = inputs.guest(&[&flags[..], &["--json", "--explain", "--mrowner", &id]].concat());
     let answer: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (&answer["mrowner"], &answer["mrconfigid"]),
+        (&id.into(), &"00".repeat(48).into())
+    );
+    assert_eq!(answer["attributes"], "0x10000000");
     assert_eq!(answer["pages"], pages);
     assert_eq!(answer["extends"], 16 * pages);
     assert_eq!(answer["measured_bytes"], 4096 * pages);
@@ -500,6 +518,17 @@ fn mistakes_are_named_with_a_remedy() {
         (
             vec!["--kernel", "kernel", "--platform", "tdx", "--policy", "0x30000"],
             "cvmm: --policy: only an SNP guest has it; ",
+        ),
+        (
+            vec![
+                "--kernel",
+                "kernel",
+                "--platform",
+                "snp",
+                "--td-attributes",
+                "0x10000000",
+            ],
+            "cvmm: --td-attributes: only a TDX guest has it; ",
         ),
         (
             vec!["--kernel", "kernel", "--platform", "snp", "--two-pass"],

@@ -5,11 +5,13 @@ use snp::measure::{self, MeasureError, Measurement};
 use snp::policy::Policy;
 use snp::vmsa::SevFeatures;
 
+use super::ovmf::PayloadName;
 use super::{Subject, Unpredictable, cli, ovmf, size};
 use crate::config::{Config, PlatformName, Size};
 use crate::plan::{self, Mode, Payload};
 use crate::spec::payload;
 use crate::spec::snp::{self as options, check_absent};
+use crate::spec::tdx;
 
 /// A launch, and what it was made of.
 #[derive(Debug)]
@@ -41,6 +43,12 @@ impl Launch {
     /// # Errors
     /// See [`Unpredictable`].
     pub fn plan(subject: &Subject) -> Result<Self, Unpredictable> {
+        if subject.two_pass {
+            return Err(Unpredictable::OneOrder);
+        }
+        if subject.ovmf.payload == Some(PayloadName::Tdvf) {
+            return Err(Unpredictable::TdvfElsewhere);
+        }
         let given = cli::merge(subject.config.clone(), subject.file.as_deref())?;
         let mut config = given.clone().with_defaults();
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), u32::MAX)?;
@@ -51,6 +59,7 @@ impl Launch {
             PlatformName::Auto | PlatformName::Snp => Mode::Snp,
             PlatformName::Tdx => return Err(Unpredictable::NotSnp),
         };
+        tdx::check_absent(&config.tdx)?;
         if mode == Mode::Soft {
             check_absent(&config.snp)?;
         } else {

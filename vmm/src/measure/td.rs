@@ -11,6 +11,7 @@ use shim::config::CONFIG_LEN;
 use shim::events::{self, TAG_CMDLINE, TAG_INITRD, TAG_KERNEL};
 use shim::layout;
 use tdx::explain::{self, Step};
+use tdx::launch::LaunchConfig;
 use tdx::measure::{Cost, Order, cost, mrtd, sha384};
 use tdx::rtmr::{Event, Rtmrs};
 use tdx::tdvf::Tdvf;
@@ -20,10 +21,12 @@ use super::compare::{Shown, differ};
 use super::ovmf::IMAGE_MAX;
 use super::{Subject, Unpredictable, size};
 use crate::config::{Boot, Config, PlatformName, Size};
+use crate::hex::Hex;
 use crate::plan::{self, Mode, Payload};
 use crate::spec::file::InputFile;
 use crate::spec::payload;
 use crate::spec::snp::check_absent;
+use crate::spec::tdx::launch_config;
 
 /// A launch, and what it was made of.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub(super) struct Td {
     order: Order,
     source: Source,
     boot: Boot,
+    /// As in the report; not part of MRTD.
+    stated: LaunchConfig,
 }
 
 /// What boots.
@@ -52,6 +57,7 @@ impl Td {
         subject.ovmf.check_td()?;
         let config = given.clone().with_defaults();
         check_absent(&config.snp)?;
+        let stated = launch_config(&config.tdx);
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), u32::MAX)?;
         let order = if subject.two_pass {
             Order::TwoPass
@@ -64,6 +70,7 @@ impl Td {
                 order,
                 source: Source::Tdvf(firmware.into()),
                 boot: given.boot,
+                stated,
             });
         }
         let files = payload::Payload::check(&config.boot, Size(u64::MAX))?;
@@ -75,6 +82,7 @@ impl Td {
             order,
             source: Source::Shim(payload, events),
             boot: config.boot,
+            stated,
         })
     }
 
@@ -185,6 +193,10 @@ struct Answer<'a> {
     /// TDH.MR.EXTEND commands, 256 bytes each.
     extends: u64,
     measured_bytes: u64,
+    attributes: String,
+    mrconfigid: String,
+    mrowner: String,
+    mrownerconfig: String,
     #[serde(flatten)]
     what: What<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -280,6 +292,10 @@ pub(super) fn json(td: &Td, explained: bool) -> Result<String, MeasureError> {
         pages: adds,
         extends,
         measured_bytes: bytes,
+        attributes: format!("{:#x}", td.stated.attributes),
+        mrconfigid: Hex(&td.stated.mrconfigid).to_string(),
+        mrowner: Hex(&td.stated.mrowner).to_string(),
+        mrownerconfig: Hex(&td.stated.mrownerconfig).to_string(),
         what,
         steps: steps.map(|steps| steps.iter().map(JsonStep::from).collect()),
         events: events.map(|events| events.iter().map(JsonEvent::from).collect()),

@@ -91,16 +91,21 @@ fn quotes(service: &QuoteService) -> Result<Address, TdxOptionError> {
 
 impl TdxSpec {
     pub(super) fn check(options: &Tdx) -> Result<Self, TdxOptionError> {
-        let id = |blob: Option<Blob48>| blob.map_or([0; 48], |blob| blob.0);
-        let default = LaunchConfig::default();
         Ok(Self {
-            config: LaunchConfig {
-                attributes: options.td_attributes.map_or(default.attributes, |bits| bits.0),
-                mrconfigid: id(options.mrconfigid),
-                mrowner: id(options.mrowner),
-                mrownerconfig: id(options.mrownerconfig),
-            },
+            config: launch_config(options),
             quotes: options.quote_service.as_ref().map(quotes).transpose()?,
         })
+    }
+}
+
+/// Attributes and identity, as `cvmm run` and `cvmm measure` understand them.
+pub(crate) fn launch_config(options: &Tdx) -> LaunchConfig {
+    let id = |blob: Option<Blob48>| blob.map_or([0; 48], |blob| blob.0);
+    let default = LaunchConfig::default();
+    LaunchConfig {
+        attributes: options.td_attributes.map_or(default.attributes, |bits| bits.0),
+        mrconfigid: id(options.mrconfigid),
+        mrowner: id(options.mrowner),
+        mrownerconfig: id(options.mrownerconfig),
     }
 }
