@@ -6,6 +6,7 @@
     reason = "a test may end in a panic, and a table may be long"
 )]
 
+mod arithmetic;
 mod chains;
 mod rings;
 
