@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use interpose::{Outcome, Scenario};
 
@@ -61,23 +62,30 @@ impl Place {
     }
 }
 
-/// A file with the header of a bzImage of protocol 2.15 and nothing behind it that could run.
+/// A kernel of protocol 2.15 whose 64-bit entry writes a byte to a port that nothing else uses, for ever.
 fn kernel() -> Vec<u8> {
-    let mut file = vec![0; 6 * 512];
-    let fields: [(usize, &[u8]); 7] = [
+    const SETUP: usize = 5 * 512;
+    let mut file = vec![0; SETUP + 2 * 4096];
+    let fields: [(usize, &[u8]); 11] = [
         (0x1f1, &[4]),
         (0x1fe, &[0x55, 0xaa]),
         (0x202, b"HdrS"),
         (0x206, &[0x0f, 0x02]),
         (0x211, &[1]),
-        (0x236, &[1, 0]),
+        (0x230, &[0, 0, 0x20, 0]),
+        (0x234, &[1]),
+        (0x236, &[0x7f, 0]),
         (0x238, &[0xff, 7, 0, 0]),
+        (0x260, &[0, 0, 0x20, 0]),
+        (SETUP + 0x200, &[0xe6, KERNEL_PORT, 0xeb, 0xfc]),
     ];
     for (at, bytes) in fields {
         file[at..at + bytes.len()].copy_from_slice(bytes);
     }
     file
 }
+
+const KERNEL_PORT: u8 = 0xf5;
 
 /// `KVM_EXIT_X86_RDMSR`.
 const EXIT_RDMSR: u32 = 29;
@@ -106,7 +114,9 @@ fn hex(bytes: &[u8]) -> String {
 #[test]
 fn an_snp_guest_is_launched_as_predicted_and_runs_its_first_instructions() {
     let place = Place::new("snp");
-    let outcome = place.run(&["--platform", "snp", "--cpus", "2"], |s| s.runs = 1);
+    let outcome = place.run(&["--platform", "snp", "--cpus", "2"], |s| {
+        s.enough = |progress| !progress.exits.is_empty()
+    });
     let names = [
         "INIT2",
         "SNP_LAUNCH_START",
@@ -269,7 +279,7 @@ fn what_an_snp_host_lacks_or_refuses_is_said_in_one_line() {
 fn an_snp_launch_survives_what_passes_by() {
     let place = Place::new("snp-passing");
     let outcome = place.run(&["--platform", "snp"], |s| {
-        s.runs = 1;
+        s.enough = |progress| !progress.exits.is_empty();
         s.snp = |model| {
             model.signals = 1;
             let clear = [0, 0, 0, 1];
@@ -294,16 +304,23 @@ fn an_snp_launch_survives_what_passes_by() {
     );
 }
 
-/// `KVM_EXIT_IO`; a byte out of the port that stands for TDCALL.
+const INFO: u64 = 1;
+const RTMR_EXTEND: u64 = 2;
+const PAGE_ACCEPT: u64 = 6;
+/// `KVM_EXIT_IO`.
 const EXIT_IO: u32 = 2;
-const TDCALL: u32 = 1 | 1 << 8 | (interpose::TDCALL_PORT as u32) << 16;
 
 #[test]
-fn a_td_is_launched_as_predicted_and_its_vcpus_run_their_first_instructions() {
-    for cpus in ["1", "4"] {
+fn a_td_is_launched_as_predicted_and_all_its_vcpus_enter_the_shim() {
+    for (cpus, all) in [("1", 1), ("4", 4)] {
         let place = Place::new(&format!("tdx-{cpus}"));
-        let all: usize = cpus.parse().unwrap();
-        let outcome = place.run(&["--platform", "tdx", "--cpus", cpus], move |s| s.runs = all);
+        let outcome = place.run(&["--platform", "tdx", "--cpus", cpus], |s| {
+            // The launch is over when the first has come; the others are waited for.
+            s.enough = |progress| progress.tdcalls.iter().any(|call| call.leaf == PAGE_ACCEPT);
+            if all == 4 {
+                s.enough = |progress| progress.tdcalls.iter().filter(|call| call.leaf == INFO).count() == 4;
+            }
+        });
         let mut expected = vec!["CAPABILITIES", "INIT_VM", "GET_CPUID", "INIT_VCPU"];
         expected.extend(["INIT_MEM_REGION"; 6]);
         expected.extend(vec!["INIT_VCPU"; all - 1]);
@@ -318,22 +335,59 @@ fn a_td_is_launched_as_predicted_and_its_vcpus_run_their_first_instructions() {
         let printed = predicted(&place, "tdx");
         assert!(printed.contains(&mrtd), "{mrtd}\n{printed}");
         // From the reset vector by way of 32-bit code to the shim, which asks the module who it is.
-        let mut came: Vec<_> = outcome.exits.iter().map(|exit| exit.vcpu).collect();
+        let asked = outcome.tdcalls.iter().filter(|call| call.leaf == INFO);
+        let mut came: Vec<_> = asked.map(|call| call.vcpu).collect();
         came.sort_unstable();
-        assert_eq!(came, (0..all).collect::<Vec<_>>());
-        for exit in &outcome.exits {
-            assert_eq!(
-                (exit.result, exit.reason, exit.body[0]),
-                (0, EXIT_IO, TDCALL),
-                "{exit:x?}"
-            );
-            assert!(
-                (0x10_0020..0x10_0040).contains(&exit.rip),
-                "not at the shim's entry: {exit:x?}"
-            );
-            assert_eq!(exit.rax, 1, "TDG.VP.INFO");
-        }
+        came.dedup();
+        assert_eq!(came, (0..all).collect::<Vec<_>>(), "{}", outcome.stderr);
     }
+}
+
+#[test]
+fn a_td_reaches_its_kernel_with_one_exit_and_the_predicted_registers() {
+    let place = Place::new("tdx-kernel");
+    let outcome = place.run(&["--platform", "tdx"], |s| {
+        s.limit = Duration::from_secs(60);
+        s.enough = |progress| progress.exits.len() == 2;
+    });
+    let [release, kernel] = outcome.exits.as_slice() else {
+        panic!("{:x?} {}", outcome.exits, outcome.stderr);
+    };
+    // One byte or four out of a port: direction, size, port.
+    let out = |size: u32, port: u32| 1 | size << 8 | port << 16;
+    assert_eq!(
+        (release.reason, release.body[0]),
+        (EXIT_IO, out(4, 0x604)),
+        "{release:x?}"
+    );
+    assert_eq!(
+        (kernel.reason, kernel.body[0]),
+        (EXIT_IO, out(1, KERNEL_PORT.into())),
+        "{kernel:x?}"
+    );
+    assert!((0x100_0200..0x100_0204).contains(&kernel.rip), "{kernel:x?}");
+    let printed = predicted(&place, "tdx");
+    let rtmrs = outcome.rtmrs.unwrap();
+    for register in &rtmrs[1..3] {
+        assert!(printed.contains(&hex(register)), "{}\n{printed}", hex(register));
+    }
+    assert_eq!((rtmrs[0], rtmrs[3]), ([0; 48], [0; 48]));
+    let count = |leaf| outcome.tdcalls.iter().filter(|call| call.leaf == leaf).count();
+    assert_eq!(
+        (count(INFO), count(RTMR_EXTEND)),
+        (2, 3),
+        "the entry code asks too"
+    );
+}
+
+#[test]
+fn a_td_that_gives_up_says_why() {
+    let place = Place::new("tdx-fatal");
+    let debugged = |model: &mut tdx::model::Model| model.module.shows = Some(1 << 28 | 1);
+    let outcome = place.run(&["--platform", "tdx"], |s| s.tdx = debugged);
+    let told = &outcome.stderr;
+    assert_eq!((outcome.code(), told.lines().count()), (Some(11), 1), "{told}");
+    assert!(told.contains("the boot shim stopped: "), "{told}");
 }
 
 const ENTROPY: fn(&mut Scenario) = |s| s.tdx = |m| m.module.without_entropy = u32::MAX;
@@ -471,7 +525,7 @@ fn what_a_tdx_host_lacks_or_refuses_is_said_in_one_line() {
 fn a_td_launch_survives_what_passes_by() {
     let place = Place::new("tdx-passing");
     let outcome = place.run(&["--platform", "tdx"], |s| {
-        s.runs = 1;
+        s.enough = |progress| !progress.tdcalls.is_empty();
         s.tdx = |model| {
             model.module.without_entropy = 3;
             model.module.busy = 3;
@@ -485,7 +539,7 @@ fn a_td_launch_survives_what_passes_by() {
     });
     let failed = outcome.commands.iter().filter(|(_, errno)| *errno != 0).count();
     assert_eq!(
-        (failed, outcome.exits.len()),
+        (failed, outcome.tdcalls.len()),
         (10, 1),
         "{:?} {}",
         outcome.commands,

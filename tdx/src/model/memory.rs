@@ -56,6 +56,11 @@ impl Model {
         self.added.retain(|gfn| !frames.contains(gfn));
     }
 
+    /// The page at `gpa` was there when the TD was made.
+    pub fn is_added(&self, gpa: u64) -> bool {
+        self.added.contains(&(gpa / PAGE_SIZE))
+    }
+
     fn slot_of(&self, gfn: u64) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.frames.contains(&gfn))
     }
@@ -136,7 +141,7 @@ impl Model {
     /// `EIO`, and the VM is dead, unless the page was there when the TD was made.
     pub fn touch(&mut self, gpa: u64) -> Result<(), i32> {
         self.alive()?;
-        if self.state == State::Runnable && self.added.contains(&(gpa / PAGE_SIZE)) {
+        if self.state == State::Runnable && self.is_added(gpa) {
             return Ok(());
         }
         Err(self.bug().0)

@@ -38,9 +38,12 @@ pub struct Module {
     pub fails_after: Option<u32>,
     /// TDH.MNG.INIT refuses this operand.
     pub refuses: Option<u64>,
+    /// TDG.VP.INFO shows these ATTRIBUTES, whatever the TD was made with.
+    pub shows: Option<u64>,
     /// Metadata of CPUID cannot be read.
     pub cpuid_unreadable: bool,
     configured: CpuidTable,
+    granted: u64,
     chain: Sha384,
     mrtd: Option<[u8; 48]>,
 }
@@ -91,8 +94,10 @@ impl Default for Module {
             busy: 0,
             fails_after: None,
             refuses: None,
+            shows: None,
             cpuid_unreadable: false,
             configured: CpuidTable::default(),
+            granted: 0,
             chain: Sha384::new(),
             mrtd: None,
         }
@@ -174,6 +179,7 @@ impl Module {
             }
         }
         self.configured = init.cpuid.clone();
+        self.granted = init.attributes;
         Ok(())
     }
 
@@ -219,6 +225,11 @@ impl Module {
     /// TDH.MR.FINALIZE.
     pub(super) fn finalise(&mut self) {
         self.mrtd = Some(self.chain.clone().finalize().into());
+    }
+
+    /// ATTRIBUTES of the TD, as it sees them.
+    pub fn granted(&self) -> u64 {
+        self.shows.unwrap_or(self.granted)
     }
 
     /// MRTD; `None` before it is final.

@@ -7,9 +7,10 @@ use std::io;
 use arch::x86::cpuid::CpuidTable;
 
 use crate::call::Call;
-use crate::machine::{Machine, Ran};
-use crate::scenario::Scenario;
-use crate::state::{self, REGS_AND_SREGS};
+use crate::machine::{Machine, Ran, Vcpu};
+use crate::scenario::{Progress, Scenario};
+use crate::state::{self, REGS_AND_SREGS, Reg};
+use crate::tdcall::{Served, Td};
 use crate::tdx_vm;
 use crate::trace::{Program, Regs, Tid};
 use crate::vm::Region;
@@ -83,6 +84,19 @@ impl Host {
             commands: Vec::new(),
             exits: Vec::new(),
         }
+    }
+
+    /// The TD of the last VM.
+    pub(crate) fn td(&self) -> Option<&Td> {
+        self.machines.last()?.td()
+    }
+
+    /// The guest has come as far as the scenario wants.
+    pub(crate) fn enough(&self) -> bool {
+        (self.scenario.enough)(&Progress {
+            exits: &self.exits,
+            tdcalls: self.td().map_or(&[], |td| &td.calls),
+        })
     }
 
     /// A thread is about to make a call.
@@ -289,6 +303,10 @@ impl Host {
         if let Err(refused) = on.enter(vcpu) {
             return call.answer(-i64::from(refused));
         }
+        if on.complete(call.program, vcpu)? {
+            self.exits.push(on.ran(call.program, vcpu, 0)?);
+            return call.answer(0);
+        }
         let record = &on.vcpus[vcpu];
         let Some(page) = record.run_page else {
             call.pass();
@@ -347,6 +365,20 @@ impl Host {
                 regs.rip -= 2;
                 regs.rax = before.orig_rax;
             }
+            After::Ran { machine, vcpu }
+                if result == 0 && self.machines[machine].serve(program, vcpu)? == Served::Again =>
+            {
+                regs.rip -= 2;
+                regs.rax = before.orig_rax;
+            }
+            After::Ran { machine, vcpu } if self.machines[machine].clears_xmm(program, vcpu, result)? => {
+                clear_xmm(
+                    Call::after(program, tid, before),
+                    &self.machines[machine].vcpus[vcpu],
+                )?;
+                regs.rip -= 2;
+                regs.rax = before.orig_rax;
+            }
             After::Ran { machine, vcpu } => {
                 let ran = self.machines[machine].ran(program, vcpu, result)?;
                 self.exits.push(ran);
@@ -390,6 +422,31 @@ fn foreign_msrs_exit(mut call: Call<'_>, vm: u64) -> io::Result<()> {
     let result = call.run(libc::SYS_ioctl, [vm, ENABLE_CAP, at])?;
     assert_eq!(result, 0, "the real KVM hands no MSRs to user space");
     Ok(())
+}
+
+/// Does what `xorps` of a register with itself does, which KVM's instruction emulator lacks: a paravirtually nested
+/// KVM runs the shim by it.
+fn clear_xmm(mut call: Call<'_>, vcpu: &Vcpu) -> io::Result<()> {
+    const GET_FPU: u64 = 0x81a0_ae8c;
+    const SET_FPU: u64 = 0x41a0_ae8d;
+    const FPU: usize = 416;
+    const XMM: usize = 152;
+    let Some((register, page)) = vcpu.cleared.zip(vcpu.run_page) else {
+        return Ok(());
+    };
+    let fd = u64::from(vcpu.fd.cast_unsigned());
+    let at = call.scratch(&[0; FPU])?;
+    for request in [GET_FPU, SET_FPU] {
+        let result = call.run(libc::SYS_ioctl, [fd, request, at])?;
+        assert_eq!(result, 0, "the real KVM keeps the FPU to itself");
+        call.program.write(at + (XMM + 16 * register) as u64, &[0; 16])?;
+    }
+    let rip = page + state::SYNC_REGS + Reg::Rip as u64;
+    let mut next = [0; 8];
+    call.program.read(rip, &mut next)?;
+    let next = u64::from_ne_bytes(next) + 3;
+    call.program.write(rip, &next.to_ne_bytes())?;
+    call.program.write(page + state::DIRTY_REGS, &1_u64.to_ne_bytes())
 }
 
 /// `SNP_PLATFORM_STATUS`: ABI 1.58, initialised.

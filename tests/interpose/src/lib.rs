@@ -11,6 +11,7 @@ mod scenario;
 mod snp_vm;
 mod state;
 mod tables;
+mod tdcall;
 mod tdx_vm;
 mod trace;
 pub mod vm;
@@ -22,9 +23,8 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 
 pub use machine::Ran;
-pub use scenario::Scenario;
-pub use state::TD_RESET;
-pub use tables::TDCALL_PORT;
+pub use scenario::{Progress, Scenario};
+pub use tdcall::TdCall;
 pub use trace::Ended;
 
 use host::Host;
@@ -45,6 +45,10 @@ pub struct Outcome {
     pub exits: Vec<Ran>,
     /// MRTD or SNP launch digest of the last VM.
     pub measurement: Option<[u8; 48]>,
+    /// RTMRs of the last VM, if it is a TD.
+    pub rtmrs: Option<[[u8; 48]; 4]>,
+    /// TDCALLs of the last VM in order.
+    pub tdcalls: Vec<TdCall>,
 }
 
 impl Outcome {
@@ -89,6 +93,8 @@ pub fn run(mut command: Command, scenario: Scenario) -> io::Result<Outcome> {
         ended: ended?,
         stdout: fs::read_to_string(out)?,
         stderr: fs::read_to_string(err)?,
+        rtmrs: host.td().map(|td| td.rtmrs),
+        tdcalls: host.td().map(|td| td.calls.clone()).unwrap_or_default(),
         measurement: host.machines.last().and_then(machine::Machine::measurement),
         commands: host.commands,
         exits: host.exits,
@@ -110,7 +116,7 @@ fn serve(program: &Program, host: &mut Host) -> io::Result<Ended> {
             Event::Gone(tid, ended) if tid == program.first() => return Ok(ended),
             Event::Gone(..) => {}
         }
-        if !asked && host.exits.len() >= host.scenario.runs {
+        if !asked && host.enough() {
             asked = true;
             Program::kill(program.first(), libc::SIGKILL);
         }

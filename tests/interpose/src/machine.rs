@@ -5,6 +5,7 @@ use std::io;
 use crate::call::Call;
 use crate::scenario::Scenario;
 use crate::state::{self, REGS, Reg, SREGS};
+use crate::tdcall::{self, Served, Stop, Td, Waiting};
 use crate::trace::Program;
 use crate::vm::{Region, Vm};
 use crate::{snp_vm, tables, tdx_vm};
@@ -55,7 +56,7 @@ const MSR_PAT: u32 = 0x277;
 #[derive(Debug)]
 enum Kind {
     Plain,
-    Tdx(Box<tdx::model::Model>),
+    Tdx(Box<tdx::model::Model>, Td),
     Snp(Box<snp::model::Model>),
 }
 
@@ -67,6 +68,10 @@ pub(crate) struct Vcpu {
     pub(crate) run_page: Option<u64>,
     /// It has the registers that it starts with.
     pub(crate) primed: bool,
+    /// The XMM register that an instruction which KVM could not emulate clears.
+    pub(crate) cleared: Option<usize>,
+    /// What its last call waits for.
+    waiting: Option<Waiting>,
 }
 
 /// A return of `KVM_RUN`.
@@ -102,7 +107,7 @@ pub(crate) struct Machine {
 impl Machine {
     pub(crate) fn new(fd: i32, vm_type: u64, scenario: &Scenario) -> Self {
         let kind = match vm_type {
-            5 => Kind::Tdx(Box::new(scenario.tdx_model())),
+            5 => Kind::Tdx(Box::new(scenario.tdx_model()), Td::new()),
             2..=4 => Kind::Snp(Box::new(scenario.snp_model(vm_type))),
             _ => Kind::Plain,
         };
@@ -119,14 +124,14 @@ impl Machine {
     }
 
     pub(crate) fn is_td(&self) -> bool {
-        matches!(self.kind, Kind::Tdx(_))
+        matches!(self.kind, Kind::Tdx(..))
     }
 
     /// MRTD, or the SNP launch digest.
     pub(crate) fn measurement(&self) -> Option<[u8; 48]> {
         match &self.kind {
             Kind::Plain => None,
-            Kind::Tdx(model) => model.module.mrtd(),
+            Kind::Tdx(model, _) => model.module.mrtd(),
             Kind::Snp(model) => Some(model.digest().0),
         }
     }
@@ -134,7 +139,7 @@ impl Machine {
     pub(crate) fn create_vcpu(&mut self, id: u32) -> Result<(), i32> {
         match &mut self.kind {
             Kind::Plain => Ok(()),
-            Kind::Tdx(model) => model.create_vcpu(id).map(|_| ()),
+            Kind::Tdx(model, _) => model.create_vcpu(id).map(|_| ()),
             Kind::Snp(model) => {
                 model.create_vcpu();
                 Ok(())
@@ -148,6 +153,8 @@ impl Machine {
             fd,
             run_page: None,
             primed: false,
+            cleared: None,
+            waiting: None,
         });
     }
 
@@ -155,20 +162,20 @@ impl Machine {
     pub(crate) fn extension(&self, number: u32) -> Option<u32> {
         match &self.kind {
             Kind::Plain => None,
-            Kind::Tdx(model) if number == CAP_MAX_VCPUS => Some(model.kernel.max_vcpus),
-            Kind::Tdx(_) | Kind::Snp(_) => u32::try_from(self.vm.extension(number)?).ok(),
+            Kind::Tdx(model, _) if number == CAP_MAX_VCPUS => Some(model.kernel.max_vcpus),
+            Kind::Tdx(..) | Kind::Snp(_) => u32::try_from(self.vm.extension(number)?).ok(),
         }
     }
 
     pub(crate) fn create_irqchip(&self) -> Result<(), i32> {
         match &self.kind {
-            Kind::Tdx(model) => model.create_irqchip(),
+            Kind::Tdx(model, _) => model.create_irqchip(),
             Kind::Plain | Kind::Snp(_) => Ok(()),
         }
     }
 
     pub(crate) fn enable(&mut self, number: u32, value: u64) -> Result<(), i32> {
-        let Kind::Tdx(model) = &mut self.kind else {
+        let Kind::Tdx(model, _) = &mut self.kind else {
             return Ok(());
         };
         match number {
@@ -186,7 +193,7 @@ impl Machine {
         match &mut self.kind {
             _ if frames.is_empty() => Ok(()),
             Kind::Plain => Ok(()),
-            Kind::Tdx(model) => model.slot(frames, gmem),
+            Kind::Tdx(model, _) => model.slot(frames, gmem),
             Kind::Snp(model) => {
                 model.slot(frames, gmem);
                 Ok(())
@@ -204,8 +211,8 @@ impl Machine {
         let (frames, private) = self.vm.set_attributes(at, size, attributes, flags)?;
         match (&mut self.kind, private) {
             (Kind::Plain, _) => {}
-            (Kind::Tdx(model), true) => model.set_private(frames),
-            (Kind::Tdx(model), false) => model.set_shared(frames),
+            (Kind::Tdx(model, _), true) => model.set_private(frames),
+            (Kind::Tdx(model, _), false) => model.set_shared(frames),
             (Kind::Snp(model), true) => model.set_private(frames),
             (Kind::Snp(model), false) => model.set_shared(frames),
         }
@@ -216,14 +223,14 @@ impl Machine {
     pub(crate) fn command(&mut self, call: &Call<'_>) -> (String, Result<(), i32>) {
         let (name, answer) = match &mut self.kind {
             Kind::Plain => ("none".into(), Err(libc::ENOTTY)),
-            Kind::Tdx(model) => tdx_vm::on_vm(model, call),
+            Kind::Tdx(model, _) => tdx_vm::on_vm(model, call),
             Kind::Snp(model) => snp_vm::on_vm(model, &self.vm, call),
         };
         let last = name.starts_with("FINALIZE") || name.starts_with("SNP_LAUNCH_FINISH");
         if last && answer.is_ok() {
             let mut adapted = tables::adapt(&self.vm, call);
             if self.is_td() {
-                adapted = adapted.and_then(|()| tables::replace_tdcalls(&self.vm, call));
+                adapted = adapted.and_then(|()| tables::replace_instructions(&self.vm, call));
             }
             return (name, adapted);
         }
@@ -233,7 +240,7 @@ impl Machine {
     /// The same on a vCPU.
     pub(crate) fn vcpu_command(&mut self, call: &Call<'_>, vcpu: usize) -> (String, Result<(), i32>) {
         match &mut self.kind {
-            Kind::Tdx(model) => tdx_vm::on_vcpu(model, &self.vm, vcpu, call),
+            Kind::Tdx(model, _) => tdx_vm::on_vcpu(model, &self.vm, vcpu, call),
             // x86.c:kvm_arch_vcpu_ioctl, where svm has no such commands
             Kind::Plain | Kind::Snp(_) => ("none".into(), Err(libc::ENOTTY)),
         }
@@ -286,7 +293,7 @@ impl Machine {
         }
         match &mut self.kind {
             Kind::Plain => None,
-            Kind::Tdx(model) => {
+            Kind::Tdx(model, _) => {
                 if request == SET_CPUID2 {
                     let table = tdx_vm::read_table(call, argument);
                     let answer = table.and_then(|table| model.vcpu_set_cpuid(vcpu, &table));
@@ -308,7 +315,7 @@ impl Machine {
     fn pre_fault(&self, call: &Call<'_>, at: u64) -> Result<(), i32> {
         let [gpa, size, flags] = [0, 8, 16].map(|offset| call.u64(at + offset));
         let (gpa, size, flags) = (gpa?, size?, flags?);
-        if let Kind::Tdx(model) = &self.kind {
+        if let Kind::Tdx(model, _) = &self.kind {
             model.pre_fault(gpa, size, flags)?;
         }
         let done = [gpa + size, 0].map(u64::to_ne_bytes).concat();
@@ -319,7 +326,7 @@ impl Machine {
     pub(crate) fn enter(&mut self, vcpu: usize) -> Result<(), i32> {
         match &mut self.kind {
             Kind::Plain => Ok(()),
-            Kind::Tdx(model) => match model.run(vcpu) {
+            Kind::Tdx(model, _) => match model.run(vcpu) {
                 Entry::Errno(errno) => Err(errno),
                 Entry::Runs | Entry::Blocks => Ok(()),
             },
@@ -333,7 +340,7 @@ impl Machine {
 
     /// Gives a vCPU of a TD the registers of its first instruction; the real KVM has just shown its own.
     pub(crate) fn prime(&mut self, program: &Program, vcpu: usize) -> io::Result<()> {
-        let Kind::Tdx(model) = &self.kind else {
+        let Kind::Tdx(model, _) = &self.kind else {
             return Ok(());
         };
         let Some(page) = self.vcpus[vcpu].run_page else {
@@ -357,6 +364,70 @@ impl Machine {
         program.write(page + state::IMMEDIATE_EXIT, &[0])?;
         self.vcpus[vcpu].primed = true;
         Ok(())
+    }
+
+    fn stop<'a>(vm: &'a Vm, vcpus: &[Vcpu], program: &'a Program, vcpu: usize) -> Option<Stop<'a>> {
+        Some(Stop {
+            program,
+            vm,
+            page: vcpus[vcpu].run_page?,
+            vcpu,
+            vcpus: vcpus.len(),
+        })
+    }
+
+    /// `KVM_RUN` has come back: serves what a TD's module or KVM itself would.
+    pub(crate) fn serve(&mut self, program: &Program, vcpu: usize) -> io::Result<Served> {
+        let (Kind::Tdx(model, td), Some(stop)) =
+            (&mut self.kind, Self::stop(&self.vm, &self.vcpus, program, vcpu))
+        else {
+            return Ok(Served::Other);
+        };
+        let (served, waiting) = td.serve(model, &stop)?;
+        self.vcpus[vcpu].waiting = waiting;
+        Ok(served)
+    }
+
+    /// The program enters a vCPU again: true if what it has served leads to another exit at once.
+    pub(crate) fn complete(&mut self, program: &Program, vcpu: usize) -> io::Result<bool> {
+        let Some(waiting) = self.vcpus[vcpu].waiting.take() else {
+            return Ok(false);
+        };
+        let (Kind::Tdx(model, _), Some(stop)) =
+            (&mut self.kind, Self::stop(&self.vm, &self.vcpus, program, vcpu))
+        else {
+            return Ok(false);
+        };
+        let (served, waiting) = tdcall::complete(model, &stop, waiting)?;
+        self.vcpus[vcpu].waiting = waiting;
+        Ok(served == Served::Exit)
+    }
+
+    /// KVM stopped at an instruction that it cannot emulate, which clears an XMM register.
+    pub(crate) fn clears_xmm(&mut self, program: &Program, vcpu: usize, result: i64) -> io::Result<bool> {
+        const INTERNAL_ERROR: u32 = 17;
+        const EMULATION: u32 = 1;
+        if self.is_plain() {
+            return Ok(false);
+        }
+        let ran = self.ran(program, vcpu, result)?;
+        let cleared = match ran.code[..] {
+            [0x0f, 0x57, operands, ..] if operands >= 0xc0 && operands >> 3 & 7 == operands & 7 => {
+                Some(usize::from(operands & 7))
+            }
+            _ => None,
+        };
+        let stuck = result == 0 && ran.reason == INTERNAL_ERROR && ran.body[0] == EMULATION;
+        self.vcpus[vcpu].cleared = cleared.filter(|_| stuck);
+        Ok(self.vcpus[vcpu].cleared.is_some())
+    }
+
+    /// RTMRs, and TDCALLs in order.
+    pub(crate) fn td(&self) -> Option<&Td> {
+        match &self.kind {
+            Kind::Tdx(_, td) => Some(td),
+            Kind::Plain | Kind::Snp(_) => None,
+        }
     }
 
     /// Reads how `KVM_RUN` came back.

@@ -17,7 +17,7 @@ pub(crate) const REGS: usize = 144;
 pub(crate) const SREGS: usize = 312;
 
 /// Where a TD's vCPUs start.
-pub const TD_RESET: u64 = 0xffff_fff0;
+const TD_RESET: u64 = 0xffff_fff0;
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
@@ -37,9 +37,30 @@ pub(crate) enum Reg {
     Rsi = 32,
     Rdi = 40,
     Rsp = 48,
+    Rbp = 56,
     R8 = 64,
+    R9 = 72,
+    R10 = 80,
+    R11 = 88,
+    R12 = 96,
+    R13 = 104,
+    R14 = 112,
+    R15 = 120,
     Rip = 128,
     Rflags = 136,
+}
+
+/// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15.
+pub(crate) fn in_encoding_order(regs: &[u8; REGS]) -> [u64; 16] {
+    use Reg::{R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi, Rsp};
+    [
+        Rax, Rcx, Rdx, Rbx, Rsp, Rbp, Rsi, Rdi, R8, R9, R10, R11, R12, R13, R14, R15,
+    ]
+    .map(|which| reg(regs, which))
+}
+
+pub(crate) fn set_reg(regs: &mut [u8; REGS], which: Reg, value: u64) {
+    put(regs, which as usize, value);
 }
 
 pub(crate) fn reg(regs: &[u8; REGS], which: Reg) -> u64 {
