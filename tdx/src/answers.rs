@@ -9,8 +9,7 @@ use arch::mem::SharedMem;
 use arch::platform::PlatformFlow;
 
 use crate::exit::{OwnReasons, TdxExit, notify_vector};
-use crate::get_quote::{QuoteService, ReplyCode};
-use crate::qgs::Address;
+use crate::get_quote::{QuoteService, ReplyCode, Source};
 
 /// Bit 1 of GetTdVmCallInfo's R11, leaf 1: SetupEventNotifyInterrupt is served.
 const CALL_SETUP_NOTIFY: u64 = 1 << 1;
@@ -26,7 +25,7 @@ pub(crate) struct Terms {
     /// The optional calls that KVM lets user space claim.
     pub(crate) user_calls: u64,
     /// Where quotes come from.
-    pub(crate) quotes: Option<Address>,
+    pub(crate) quotes: Option<Source>,
 }
 
 /// Answers of one TD, shared by its vCPUs.

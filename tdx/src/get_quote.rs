@@ -14,6 +14,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use arch::addr::{Gpa, PageRange};
+use arch::blockio::Enter;
 use arch::mem::SharedMem;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -52,6 +53,9 @@ pub const MOST_BUFFER_BYTES: u64 = 128 << 10;
 pub const MOST_IN_FLIGHT: usize = 8;
 /// Time from a request to its answer at the latest. Linux waits for 30 seconds.
 pub const MOST_TIME: Duration = Duration::from_secs(25);
+
+/// Time between two lines of the log about failures, which a guest can cause without end.
+const QUIET_TIME: Duration = Duration::from_secs(10);
 
 /// The start of a request's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +107,22 @@ impl Header {
 
 /// Tells the guest that a buffer has been filled; called on the service's thread or a vCPU's, never under a lock.
 pub type Notify = dyn Fn() + Send + Sync;
+
+/// Where quotes come from, and what the thread that fetches them does first: give up all else. If that fails, nobody is
+/// asked.
+#[derive(Clone)]
+pub struct Source {
+    /// The QGS.
+    pub address: Address,
+    /// Called on the thread.
+    pub enter: Enter,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Source").field(&self.address).finish()
+    }
+}
 
 /// The buffers of the requests in flight.
 #[derive(Clone, Debug, Default)]
@@ -176,14 +196,14 @@ impl fmt::Debug for QuoteService {
 }
 
 impl QuoteService {
-    /// A service for the guest whose shared memory this is. Without a QGS every request is answered at once, with
+    /// A service for the guest whose shared memory this is. Without a source every request is answered at once, with
     /// [`Status::Unavailable`].
     ///
     /// # Errors
     /// The process has no more threads or descriptors.
-    pub fn new(shared: SharedMem, qgs: Option<Address>, notify: Box<Notify>) -> io::Result<Self> {
+    pub fn new(shared: SharedMem, source: Option<Source>, notify: Box<Notify>) -> io::Result<Self> {
         let desk = Arc::new(Desk { shared, notify });
-        let worker = qgs.map(|address| Worker::start(Qgs::new(address), Arc::clone(&desk)));
+        let worker = source.map(|source| Worker::start(source, Arc::clone(&desk)));
         Ok(Self {
             desk,
             flights: Flights::default(),
@@ -286,13 +306,18 @@ impl Desk {
 }
 
 impl Worker {
-    fn start(qgs: Qgs, desk: Arc<Desk>) -> io::Result<Self> {
+    fn start(source: Source, desk: Arc<Desk>) -> io::Result<Self> {
+        let Source { address, enter } = source;
+        let qgs = Qgs::new(address);
         let (queue, jobs) = sync_channel(MOST_IN_FLIGHT);
         let stop = Arc::new(Stop::new()?);
         let seen = Arc::clone(&stop);
         let thread = Builder::new()
             .name("quotes".into())
-            .spawn(move || work(&qgs, &desk, &jobs, &seen))?;
+            .spawn(move || match enter() {
+                Ok(()) => work(&qgs, &desk, &jobs, &seen),
+                Err(e) => refuse(&desk, &jobs, &e),
+            })?;
         Ok(Self {
             queue: Some(queue),
             stop,
@@ -314,7 +339,7 @@ impl Drop for Worker {
 }
 
 fn work(qgs: &Qgs, desk: &Desk, jobs: &Receiver<Job>, stop: &Stop) {
-    let mut last = String::new();
+    let mut quiet_until = Instant::now();
     for job in jobs {
         let bytes = job.slot.buffer.bytes();
         let room = usize::try_from(bytes).unwrap_or(0).saturating_sub(Header::BYTES);
@@ -322,14 +347,21 @@ fn work(qgs: &Qgs, desk: &Desk, jobs: &Receiver<Job>, stop: &Stop) {
         if stop.raised() {
             return;
         }
-        // A guest can ask without end; the log has each failure once, until another one.
         if let Err(e) = &outcome
-            && last != e.to_string()
+            && Instant::now() >= quiet_until
         {
-            last = e.to_string();
-            log::warn!("quote service {}: {last}", qgs.address());
+            log::warn!("quote service {}: {e}", qgs.address());
+            quiet_until = Instant::now().checked_add(QUIET_TIME).unwrap_or(quiet_until);
         }
         desk.close(job.slot, outcome.as_deref().map_err(QgsError::status));
+    }
+}
+
+/// What is left for a thread that could not give up what it must: no word to the outside.
+fn refuse(desk: &Desk, jobs: &Receiver<Job>, cause: &io::Error) {
+    log::error!("the guest gets no quotes, because their thread cannot be confined: {cause}");
+    for job in jobs {
+        desk.close(job.slot, Err(Status::Unavailable));
     }
 }
 

@@ -16,11 +16,11 @@ use arch::x86::regs::BootState;
 use crate::answers::{Answers, Terms};
 use crate::cpuid;
 use crate::exit::OwnReasons;
+use crate::get_quote::Source;
 use crate::host;
 use crate::ioctl::KvmTdx;
 use crate::launch::{LaunchConfig, Launching};
 use crate::measure::Measurement;
-use crate::qgs::Address;
 
 /// Name in messages and on the command line.
 const NAME: &str = "tdx";
@@ -39,7 +39,7 @@ const RESET_SLOT: u32 = 15;
 #[derive(Debug)]
 pub struct Tdx {
     config: LaunchConfig,
-    quotes: Option<Address>,
+    quotes: Option<Source>,
     reasons: OwnReasons,
     digest: Arc<Mutex<Option<Measurement>>>,
 }
@@ -47,7 +47,7 @@ pub struct Tdx {
 impl Tdx {
     /// A platform for one launch. `quotes` is where quotes come from; `reasons` knows the codes with which the
     /// measured firmware gives up.
-    pub fn new(config: LaunchConfig, quotes: Option<Address>, reasons: OwnReasons) -> Self {
+    pub fn new(config: LaunchConfig, quotes: Option<Source>, reasons: OwnReasons) -> Self {
         Self {
             config,
             quotes,

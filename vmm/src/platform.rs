@@ -11,10 +11,12 @@ use shim::reason::Reason;
 use snp::measure;
 use snp::platform::Snp;
 use snp::vmsa::SevFeatures;
+use tdx::get_quote::Source;
 use tdx::measure::Order;
 use tdx::platform::Tdx;
 
 use crate::plan::Mode;
+use crate::sandbox::{Sandbox, Thread};
 use crate::spec::PlatformSpec;
 
 /// Where a platform that measures leaves the digest of its launch once the guest is sealed.
@@ -29,8 +31,8 @@ impl Launched {
     }
 }
 
-/// Opens the platform.
-pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
+/// Opens the platform; its own threads live under `sandbox`.
+pub fn open(spec: &PlatformSpec, sandbox: Sandbox) -> (Box<dyn Platform>, Launched) {
     match spec {
         PlatformSpec::Soft => (Box::new(soft::Soft), Launched::default()),
         PlatformSpec::Snp(spec) => {
@@ -45,7 +47,11 @@ pub fn open(spec: &PlatformSpec) -> (Box<dyn Platform>, Launched) {
             (Box::new(snp), launched)
         }
         PlatformSpec::Tdx(spec) => {
-            let tdx = Tdx::new(spec.config.clone(), spec.quotes.clone(), td_reason);
+            let quotes = spec.quotes.clone().map(|address| Source {
+                address,
+                enter: Arc::new(move || sandbox.confine(Thread::Quotes)),
+            });
+            let tdx = Tdx::new(spec.config.clone(), quotes, td_reason);
             let launched = Launched(Some(tdx.digest()));
             (Box::new(tdx), launched)
         }

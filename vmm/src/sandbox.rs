@@ -56,6 +56,7 @@ struct Filters {
     events: BpfProgram,
     vcpu: BpfProgram,
     disk: BpfProgram,
+    quotes: BpfProgram,
 }
 
 impl Sandbox {
@@ -115,6 +116,7 @@ impl Sandbox {
             Thread::Events => filter::install(&filters.events),
             Thread::Vcpu => filter::install(&filters.vcpu),
             Thread::Disk => filter::install(&filters.disk),
+            Thread::Quotes => filter::install(&filters.quotes),
         }
     }
 
@@ -146,6 +148,7 @@ fn install(powers: Powers) -> Result<Filters, Box<dyn std::error::Error>> {
         events: compile(Thread::Events)?,
         vcpu: compile(Thread::Vcpu)?,
         disk: compile(Thread::Disk)?,
+        quotes: compile(Thread::Quotes)?,
     };
     let main = compile(Thread::Main)?;
     filter::install(&filter::without_clone3()?)?;

@@ -18,10 +18,12 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use arch::blockio::Disk;
 use arch::kvm::system::Host;
 use arch::kvm::vm::Vm;
+use tdx::qgs::{Address, Qgs, Stop, TD_REPORT_BYTES};
 use vm_memory::mmap::MmapRegionBuilder;
 use vmm::sandbox::{Jail, Plan, Powers, Reach, Sandbox, Thread};
 
@@ -32,6 +34,7 @@ struct Tools {
     disk: Disk,
     file: File,
     folder: PathBuf,
+    stop: Stop,
 }
 
 /// Makes a call of this name. An answer of the kernel's, good or bad, is an answer.
@@ -60,12 +63,33 @@ fn call(name: &str, tools: &Tools) -> io::Result<()> {
         "sync" => tools.file.sync_data(),
         "ring" => tools.disk.uring_engine(4).map(drop),
         "vm" => Vm::create(tools.kvm.as_ref().unwrap(), 0).map(drop),
+        "quote" => quote(tools),
         "parent" => {
             std::hint::black_box(rustix::process::getppid());
             Ok(())
         }
         other => panic!("no call {other}"),
     }
+}
+
+/// A request for a quote, from connection to answer.
+fn quote(tools: &Tools) -> io::Result<()> {
+    let qgs = Qgs::new(Address::Unix(tools.folder.join("there/qgs")));
+    let until = Instant::now() + Duration::from_secs(20);
+    let quote = qgs.quote(&[0; TD_REPORT_BYTES], 4096, until, &tools.stop);
+    quote.map(drop).map_err(io::Error::other)
+}
+
+/// Answers one such request with three bytes.
+fn serve_quote(folder: &Path) {
+    let listener = UnixListener::bind(folder.join("there/qgs")).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 1052]).unwrap();
+        let words = [0x0001_0001, 1, 27, 0, 0, 3_u32].map(u32::to_le_bytes);
+        let answer = [&[0, 0, 0, 27][..], &words.concat(), b"yes"].concat();
+        stream.write_all(&answer).unwrap();
+    });
 }
 
 const EVENT: rustix::event::EventfdFlags =
@@ -91,6 +115,7 @@ fn child() {
         disk: Disk::open(file.try_clone().unwrap()).unwrap(),
         file,
         folder: folder.clone(),
+        stop: Stop::new().unwrap(),
     };
     let there = vec![folder.join("there")];
     let plan = Plan {
@@ -101,12 +126,13 @@ fn child() {
         },
         reach: Reach {
             reads: there.clone(),
-            connects: vec![],
+            connects: there.clone(),
             removes: there,
         },
         powers: Powers {
             vsock: powers.contains("vsock"),
             certs: powers.contains("certs"),
+            quotes: powers.contains("quotes"),
         },
     };
     let sandbox = Sandbox::enter(&plan).unwrap();
@@ -115,6 +141,7 @@ fn child() {
         "events" => Some(Thread::Events),
         "vcpu" => Some(Thread::Vcpu),
         "disk" => Some(Thread::Disk),
+        "quotes" => Some(Thread::Quotes),
         other => panic!("no thread {other}"),
     };
     let act = move || {
@@ -176,6 +203,9 @@ fn start(words: &str) -> (Child, BufReader<ChildStdout>) {
 /// The last word of the process, and its end.
 fn run(thread: &str, powers: &str, mode: &str, name: &str) -> (String, ExitStatus) {
     let place = Place::new(&format!("{thread}-{mode}-{name}").replace(' ', "-"));
+    if name == "quote" {
+        serve_quote(&place.0);
+    }
     let (mut child, mut said) = start(&format!("{thread} {powers} {mode} {} {name}", place.0.display()));
     let mut text = String::new();
     said.read_to_string(&mut text).unwrap();
@@ -295,6 +325,23 @@ fn a_vcpu_thread_reads_files_only_for_certificates() {
     } else {
         println!("SKIPPED: no /dev/kvm here");
     }
+}
+
+#[test]
+fn the_thread_for_quotes_talks_to_the_quote_service() {
+    check("quotes", "quotes", &NEVER);
+    check(
+        "quotes",
+        "quotes",
+        &[
+            ("memory", "good"),
+            ("unix", "good"),
+            ("quote", "good"),
+            ("thread", "killed"),
+            ("open", "killed"),
+            ("sync", "killed"),
+        ],
+    );
 }
 
 #[test]

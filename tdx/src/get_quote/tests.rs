@@ -23,16 +23,22 @@ struct Rig {
 
 impl Rig {
     fn new(address: Option<Address>) -> Self {
+        Self::entering(address, Ok)
+    }
+
+    fn entering(address: Option<Address>, enter: fn(()) -> io::Result<()>) -> Self {
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let ram = [PageRange::new(Gpa(0), RAM).unwrap()];
         let visible = Arc::new(VisibilityMap::new(&ram, Visibility::Shared));
         let shared = SharedMem::new(Arc::new(map), Arc::clone(&visible));
+        let enter: Enter = Arc::new(move || enter(()));
+        let source = address.map(|address| Source { address, enter });
         let rings = Arc::new(AtomicUsize::new(0));
         let bell = Arc::clone(&rings);
         let notify = Box::new(move || {
             bell.fetch_add(1, Ordering::SeqCst);
         });
-        let service = QuoteService::new(shared.clone(), address, notify).unwrap();
+        let service = QuoteService::new(shared.clone(), source, notify).unwrap();
         let rig = Self {
             shared,
             visible,
@@ -333,4 +339,13 @@ fn the_end_of_a_guest_waits_for_no_service_and_leaves_its_memory_alone() {
         (status, rings.load(Ordering::SeqCst)),
         (Status::InFlight as u64, 0)
     );
+}
+
+#[test]
+fn a_thread_that_cannot_be_confined_talks_to_nobody() {
+    let qgs = Gated::new("confined");
+    let rig = Rig::entering(qgs.address(), |()| Err(io::Error::other("no seccomp")));
+    assert_eq!(rig.service.request(BUFFER, SIZE), ReplyCode::Success);
+    assert_eq!(rig.wait(BUFFER), Status::Unavailable as u64);
+    assert!(qgs.seen.try_recv().is_err());
 }

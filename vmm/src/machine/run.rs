@@ -43,7 +43,7 @@ pub(super) struct World<'a> {
 /// Launches the machine, runs it, and takes it down.
 pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
     let parts = world.parts;
-    let (platform, launched) = platform::open(&parts.platform);
+    let (platform, launched) = platform::open(&parts.platform, world.sandbox.clone());
     let ground = Ground::lay(world.host, platform.as_ref(), parts.memory_bytes, parts.cpus)?;
     let launch = platform.begin(ground.foundation())?;
     let mut vcpus = ground.vcpus(parts.cpus)?;

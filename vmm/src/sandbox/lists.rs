@@ -18,6 +18,8 @@ pub enum Thread {
     Vcpu,
     /// Reads and writes a disk where `io_uring` is not to be had.
     Disk,
+    /// Fetches a TD's quotes from the host's service.
+    Quotes,
 }
 
 /// What some machines need and others do not.
@@ -27,6 +29,8 @@ pub struct Powers {
     pub vsock: bool,
     /// A guest gets certificates from a file that is read at each request.
     pub certs: bool,
+    /// A guest gets quotes from a service of the host.
+    pub quotes: bool,
 }
 
 /// What an argument of a call must be.
@@ -128,6 +132,21 @@ const VSOCK: &[Rule] = &[
     (libc::SYS_shutdown, &[]),
 ];
 
+/// A connection to the host's quote service for each request; the guest is told by `KVM_SIGNAL_MSI`.
+const QUOTES: &[Rule] = &[
+    (libc::SYS_socket, &[Is(0, bits(libc::AF_UNIX))]),
+    (libc::SYS_socket, &[Is(0, bits(libc::AF_VSOCK))]),
+    (libc::SYS_connect, &[]),
+    (
+        libc::SYS_getsockopt,
+        &[Is(1, bits(libc::SOL_SOCKET)), Is(2, bits(libc::SO_ERROR))],
+    ),
+    (libc::SYS_sendto, &[]),
+    (libc::SYS_recvfrom, &[]),
+    (libc::SYS_poll, &[]),
+    (libc::SYS_ppoll, &[]),
+];
+
 /// Conversions punch holes into guest_memfd.
 const VCPU: &[Rule] = &[(libc::SYS_fallocate, &[])];
 
@@ -192,6 +211,7 @@ pub(super) mod request {
     pub(in crate::sandbox) const KVM_CREATE_VCPU: u32 = 0xae41;
     pub(in crate::sandbox) const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
     pub(in crate::sandbox) const KVM_SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
+    pub(in crate::sandbox) const KVM_SIGNAL_MSI: u32 = 0x4020_aea5;
     pub(in crate::sandbox) const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
     pub(in crate::sandbox) const KVM_IRQFD: u32 = 0x4020_ae76;
     pub(in crate::sandbox) const KVM_IOEVENTFD: u32 = 0x4040_ae79;
@@ -228,6 +248,7 @@ const VCPU_REQUESTS: &[u32] = &[
     KVM_SET_MEMORY_ATTRIBUTES,
     KVM_PRE_FAULT_MEMORY,
     KVM_IOEVENTFD,
+    KVM_SIGNAL_MSI,
 ];
 
 /// An interrupt is connected and pointed somewhere when it is raised; a driver chooses offloads and queues.
@@ -289,11 +310,16 @@ impl List {
             let list = list.and(VCPU, VCPU_REQUESTS).and(DEVICES, DEVICE_REQUESTS);
             if powers.certs { list.and(CERTS, &[]) } else { list }
         };
+        let quotes = |list: Self| list.and(QUOTES, &[KVM_SIGNAL_MSI]);
         let list = match thread {
-            Thread::Main => events(vcpu(every)).and(MAIN, MAIN_REQUESTS),
+            Thread::Main => {
+                let list = events(vcpu(every)).and(MAIN, MAIN_REQUESTS);
+                if powers.quotes { quotes(list) } else { list }
+            }
             Thread::Events => events(every),
             Thread::Vcpu => vcpu(every),
             Thread::Disk => every.and(DISK, &[]),
+            Thread::Quotes => quotes(every),
         };
         list.and(&[], TERMINAL_REQUESTS)
     }

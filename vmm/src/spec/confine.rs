@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Account, Backend, Config, Confine, Console, Switch};
+use crate::config::{Account, Backend, Config, Confine, Console, QuoteService, Switch};
 use crate::sandbox::{Jail, Plan, Powers, Reach, directory};
 
 /// A confinement that cannot be.
@@ -79,6 +79,7 @@ pub(super) fn check(config: &Config) -> Result<Plan, ConfineError> {
         powers: Powers {
             vsock: config.devices.vsock.is_some(),
             certs: config.snp.certs.is_some(),
+            quotes: config.tdx.quote_service.is_some(),
         },
         reach,
     })
@@ -104,6 +105,10 @@ fn reach(config: &Config) -> (Reach, Option<PathBuf>) {
     }
     if let Some(path) = &config.snp.certs {
         reach.reads.push(directory(path));
+        paths.push(path);
+    }
+    if let Some(QuoteService::Unix(path)) = &config.tdx.quote_service {
+        reach.connects.push(directory(path));
         paths.push(path);
     }
     let relative = paths.into_iter().find(|path| path.is_relative()).cloned();
@@ -212,10 +217,12 @@ mod tests {
         config.devices.vsock = Some("cid=3,uds=/run/v/vsock".parse().unwrap());
         config.devices.nets = vec!["passt=run/passt".parse().unwrap()];
         config.snp.certs = Some("/etc/certs/table".into());
+        config.tdx.quote_service = Some("/run/tdx-qgs/qgs.socket".parse().unwrap());
         let (reach, relative) = reach(&config);
         assert_eq!(reach.reads, [PathBuf::from("/etc/certs")]);
         assert_eq!(reach.removes, [PathBuf::from("/run/v"), "/run/c".into()]);
-        assert_eq!(reach.connects.len(), 2);
+        assert_eq!(reach.connects.len(), 3);
+        assert_eq!(reach.connects.last(), Some(&"/run/tdx-qgs".into()));
         assert!(reach.connects.iter().all(|path| path.is_absolute()));
         assert_eq!(relative, Some("run/passt".into()));
     }
