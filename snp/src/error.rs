@@ -19,7 +19,7 @@ pub struct FirmwareStatus(pub u32);
 type Row = (u32, &'static str, &'static str, &'static str);
 
 const RESTART_HOST: &str = "reboot the host";
-const REPORT: &str = "report this as a bug in cvmm, with the output of --verbose";
+const REPORT: &str = "report this as a bug in cvmm, with the output of --log-level debug";
 const UPDATE: &str = "update the host's BIOS and SEV firmware";
 
 static TABLE: &[Row] = &[

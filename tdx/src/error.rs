@@ -11,7 +11,7 @@ use crate::commands::Command;
 use crate::cpuid::Conflict;
 pub use crate::seam::SeamStatus;
 
-const REPORT: &str = "report this as a bug in cvmm, with the output of --verbose";
+const REPORT: &str = "report this as a bug in cvmm, with the output of --log-level debug";
 const SEE_LOG: &str = "see `dmesg | grep -i tdx`; the reason stands there";
 
 /// A command that the kernel or the module refused.
@@ -63,7 +63,7 @@ impl Refusal {
             ),
             (Command::InitVm, libc::EINVAL) => (
                 "the kernel does not allow this combination of attributes, XFAM and CPUID",
-                "compare with what `cvmm doctor` lists for TDX; --verbose lists the values",
+                "compare with what `cvmm doctor` lists for TDX; --log-level debug lists the values",
             ),
             (Command::InitVm, libc::EIO) => (
                 "the TDX module cannot create a TD, or a processor package has no CPU online",

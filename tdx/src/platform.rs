@@ -180,9 +180,13 @@ fn tsc_words(khz: u32) -> String {
     }
 }
 
-/// `EIO` from `KVM_RUN`: the guest's doing on a sound host, and KVM's word for a VM that it has given up.
-const DEAD: &str = "it touched private memory that it had not accepted, or KVM has given the TD up \
-     (`dmesg | grep -i tdx` on the host tells which)";
+/// What a TD did if `KVM_RUN` fails with `error`: `EIO` is the guest's doing on a sound host, and KVM's word for a VM
+/// that it has given up.
+pub fn explain_failure(error: &io::Error) -> Option<String> {
+    const DEAD: &str = "it touched private memory that it had not accepted, or KVM has given the TD up \
+         (`dmesg | grep -i tdx` on the host tells which)";
+    (error.raw_os_error() == Some(libc::EIO)).then(|| DEAD.to_owned())
+}
 
 /// A sealed guest.
 #[derive(Debug)]
@@ -210,7 +214,7 @@ impl Sealed for Guest {
     }
 
     fn explain_failure(&self, error: &io::Error) -> Option<String> {
-        (error.raw_os_error() == Some(libc::EIO)).then(|| DEAD.to_owned())
+        explain_failure(error)
     }
 }
 

@@ -8,7 +8,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SeamStatus(pub u64);
 
-const REPORT: &str = "report this as a bug in cvmm, with the output of --verbose";
+const REPORT: &str = "report this as a bug in cvmm, with the output of --log-level debug";
 const AGAIN: &str = "try again";
 const SEE_LOG: &str = "see `dmesg | grep -i tdx`; reboot the host if it persists";
 
@@ -225,7 +225,7 @@ static REFUSED: &[(u32, &str, &str)] = &[
     (
         69,
         "the module refuses a CPUID value that KVM lists as configurable",
-        "update kernel and TDX module to versions that go together; --verbose lists the values",
+        "update kernel and TDX module to versions that go together; --log-level debug lists the values",
     ),
     (
         70,

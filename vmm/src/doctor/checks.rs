@@ -6,7 +6,7 @@ use std::path::Path;
 use arch::kvm::system::{Capabilities, Host};
 
 use super::probe::{self, Outcome, Step};
-use super::report::{ALL, Check, PRIVATE, Report};
+use super::report::{ALL, Check, KVM_ALONE, PRIVATE, Report};
 use super::{snp, system, tdx};
 
 /// Device that everything hangs on.
@@ -176,19 +176,19 @@ fn stock_guest(outcome: &Outcome, modules: &[&str]) -> Check {
         Outcome::Good => Check::ok(name, "a guest with an SSE instruction and a hypercall ran"),
         Outcome::Failed { doing, cause } => Check::missing(
             name,
-            ALL,
+            KVM_ALONE,
             format!("{doing}: {cause}"),
             "see the kernel log (`dmesg | grep -i kvm`)",
         ),
         Outcome::Stuck { at: Step::Start, how } => Check::missing(
             name,
-            ALL,
+            KVM_ALONE,
             format!("{kind} runs no 64-bit guest code: it {how}"),
             "see the kernel log (`dmesg | grep -i kvm`)",
         ),
         Outcome::Stuck { at: Step::Sse, how } => Check::missing(
             name,
-            ALL,
+            KVM_ALONE,
             format!("{kind} emulates guest kernel code and {how} at an SSE instruction"),
             elsewhere,
         ),
@@ -197,7 +197,7 @@ fn stock_guest(outcome: &Outcome, modules: &[&str]) -> Check {
             how,
         } => Check::missing(
             name,
-            ALL,
+            KVM_ALONE,
             format!("on {kind} a guest's hypercall {how}"),
             elsewhere,
         ),
@@ -271,6 +271,7 @@ mod tests {
             assert!(check.found.contains(says), "{}", check.found);
             let report = Report::new("6.12".into(), vec![check]);
             assert_eq!(report.usable.soft, status == Status::Ok);
+            assert!(report.usable.tdx, "the TDX module runs its guests");
         }
     }
 

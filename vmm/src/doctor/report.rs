@@ -60,6 +60,8 @@ pub struct Check {
 }
 
 pub(super) const ALL: &[&str] = &["soft", "snp", "tdx"];
+/// Those whose guests any KVM must be able to run; that of a TD is the module's matter.
+pub(super) const KVM_ALONE: &[&str] = &["soft", "snp"];
 pub(super) const PRIVATE: &[&str] = &["snp", "tdx"];
 pub(super) const SNP: &[&str] = &["snp"];
 pub(super) const TDX: &[&str] = &["tdx"];
