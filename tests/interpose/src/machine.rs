@@ -56,7 +56,7 @@ const MSR_PAT: u32 = 0x277;
 #[derive(Debug)]
 enum Kind {
     Plain,
-    Tdx(Box<tdx::model::Model>, Td),
+    Tdx(Box<tdx::model::Model>, Box<Td>),
     Snp(Box<snp::model::Model>),
 }
 
@@ -107,7 +107,7 @@ pub(crate) struct Machine {
 impl Machine {
     pub(crate) fn new(fd: i32, vm_type: u64, scenario: &Scenario) -> Self {
         let kind = match vm_type {
-            5 => Kind::Tdx(Box::new(scenario.tdx_model()), Td::new()),
+            5 => Kind::Tdx(Box::new(scenario.tdx_model()), Box::new(Td::new())),
             2..=4 => Kind::Snp(Box::new(scenario.snp_model(vm_type))),
             _ => Kind::Plain,
         };

@@ -223,6 +223,7 @@ pub(super) mod request {
     pub(in crate::sandbox) const KVM_SET_FPU: u32 = 0x41a0_ae8d;
     pub(in crate::sandbox) const KVM_SET_CPUID2: u32 = 0x4008_ae90;
     pub(in crate::sandbox) const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
+    pub(in crate::sandbox) const KVM_GET_TSC_KHZ: u32 = 0xaea3;
     pub(in crate::sandbox) const KVM_ENABLE_CAP: u32 = 0x4068_aea3;
     pub(in crate::sandbox) const KVM_SET_XCRS: u32 = 0x4188_aea7;
     pub(in crate::sandbox) const KVM_MEMORY_ENCRYPT_OP: u32 = 0xc008_aeba;
@@ -272,6 +273,7 @@ const MAIN_REQUESTS: &[u32] = &[
     KVM_SET_FPU,
     KVM_SET_CPUID2,
     KVM_SET_MP_STATE,
+    KVM_GET_TSC_KHZ,
     KVM_ENABLE_CAP,
     KVM_SET_XCRS,
     KVM_MEMORY_ENCRYPT_OP,
