@@ -80,6 +80,8 @@ class Td(Protected):
     def __init__(self):
         super().__init__()
         self.index, self.address_bits, self.attributes = 0, 48, 1 << 28
+        # The bit that the launched page tables set for the staging area.
+        self.shared = SHARED
         # How often the module is busy before it serves an acceptance or an extension.
         self.busy = 0
         self.accept_status, self.extend_status = {}, 0
@@ -92,7 +94,7 @@ class Td(Protected):
 
     def launch_all(self):
         self.launch(0x100000, IMAGE)
-        self.launch(0x10C000, identity_tables(0x10C000, SHARED))
+        self.launch(0x10C000, identity_tables(0x10C000, self.shared))
         self.launch(0x10E000, self.config_page())
         self.launch(MAILBOX, bytes(PAGE))
         self.launch(0x112000, bytes(2 * PAGE))

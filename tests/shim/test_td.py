@@ -54,6 +54,13 @@ class Entry(unittest.TestCase):
         machine = Td().run()
         self.assertEqual(machine.read(0, 0x100000), bytes(0x100000))
 
+    def test_private_and_shared_mappings_lead_to_different_memory(self):
+        """The emulated machine notices page tables that forget the shared bit."""
+        machine = Td()
+        machine.shared = 0
+        with self.assertRaises(AssertionError):
+            machine.run()
+
     def test_a_busy_module_is_asked_again(self):
         machine = Td()
         machine.busy = 1000
