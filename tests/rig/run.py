@@ -16,9 +16,12 @@ sys.dont_write_bytecode = True
 import hostile  # noqa: E402
 import snp  # noqa: E402
 import soft  # noqa: E402
+import tdx  # noqa: E402
 from host import Host, L1Hung  # noqa: E402
 
-SUITES = [("plain", [*soft.TESTS, *hostile.TESTS]), ("snp", [*snp.TESTS, *hostile.TESTS])]
+SUITES = [
+    ("plain", [*soft.TESTS, *hostile.TESTS]), ("snp", [*snp.TESTS, *hostile.TESTS]), ("tdx", tdx.TESTS),
+]
 
 
 def run_one(name, test, host):
