@@ -52,8 +52,8 @@ impl Real {
         let vm = Arc::new(Vm::create(host, host::VM_TYPE).unwrap());
         let all = PageRange::new(Gpa(0), RAM_PAGES * PAGE).unwrap();
         let ram = HostRam::allocate(&[all]).unwrap();
-        let gmem = Gmem::new(&vm, all.len()).unwrap();
-        let region = Arc::clone(ram.regions().next().unwrap());
+        let gmem = Gmem::new(&vm, RAM_PAGES * PAGE).unwrap();
+        let region = Arc::clone(ram.regions().first().unwrap());
         vm.map_slot(0, region, Some((&gmem, 0))).unwrap();
         vm.set_visibility(all, Visibility::Private).unwrap();
         Self {
@@ -121,10 +121,14 @@ fn leaf(init: &mut InitVm, leaf: u32) -> &mut CpuidEntry {
     init.cpuid.leaf_mut(leaf).next().unwrap()
 }
 
+type Change = fn(&mut InitVm);
+
 /// What no INIT_VM may ask for.
-const BAD_PARAMETERS: [(&str, fn(&mut InitVm)); 9] = [
+const BAD_PARAMETERS: [(&str, Change); 9] = [
     ("47 bits of address", |i| leaf(i, 0x8000_0008).eax = 47 << 16),
-    ("no address sizes", |i| i.cpuid.0.retain(|e| e.leaf != 0x8000_0008)),
+    ("no address sizes", |i| {
+        i.cpuid.0.retain(|e| e.leaf != 0x8000_0008)
+    }),
     ("not a configurable leaf", |i| leaf(i, 1).leaf = 2),
     ("a leaf twice", |i| {
         let entry = *leaf(i, 1);
@@ -171,7 +175,10 @@ fn launch<T: Td>(mut td: T) -> Vec<(String, Answer)> {
     note("capabilities after INIT_VM", answer(commands.capabilities(ROOM)));
     let mut vcpu = td.create_vcpu();
     let commands = td.commands();
-    note("INIT_VCPU without CPUID", answer(commands.init_vcpu(&mut vcpu, 0)));
+    note(
+        "INIT_VCPU without CPUID",
+        answer(commands.init_vcpu(&mut vcpu, 0)),
+    );
     for (what, set) in [("INIT_VCPU without x2APIC", false), ("INIT_VCPU", true)] {
         commands.set_cpuid(&mut vcpu, &x2apic(set)).unwrap();
         note(what, answer(commands.init_vcpu(&mut vcpu, 7)));
@@ -205,8 +212,14 @@ fn launch<T: Td>(mut td: T) -> Vec<(String, Answer)> {
     note("FINALIZE_VM", answer(commands.finalize_vm()));
     note("FINALIZE_VM twice", answer(commands.finalize_vm()));
     note("a page after FINALIZE_VM", add(commands, 0x8000, 1, true));
-    note("INIT_VCPU after FINALIZE_VM", answer(commands.init_vcpu(&mut vcpu, 0)));
-    note("GET_CPUID after FINALIZE_VM", answer(commands.get_cpuid(&mut vcpu, ROOM)));
+    note(
+        "INIT_VCPU after FINALIZE_VM",
+        answer(commands.init_vcpu(&mut vcpu, 0)),
+    );
+    note(
+        "GET_CPUID after FINALIZE_VM",
+        answer(commands.get_cpuid(&mut vcpu, ROOM)),
+    );
     answers
 }
 

@@ -51,6 +51,23 @@ pub(crate) fn accept(name: &str) -> io::Result<Stream> {
     }
 }
 
+/// Waits for one connection and passes bytes between it and standard input and output, until the other end closes.
+pub(crate) fn relay(name: &str) -> io::Result<()> {
+    let mut stream = accept(name)?;
+    let mut answers = stream.try_clone()?;
+    std::thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut answers));
+    let mut out = io::stdout().lock();
+    let mut bytes = [0_u8; 4096];
+    loop {
+        let count = stream.read(&mut bytes)?;
+        if count == 0 {
+            return Ok(());
+        }
+        out.write_all(bytes.get(..count).unwrap_or_default())?;
+        out.flush()?;
+    }
+}
+
 /// A connection into a guest through the VMM's vsock socket: `CONNECT port`, answered by `OK port`.
 fn hybrid(path: &str, port: &str) -> io::Result<Stream> {
     let mut stream = UnixStream::connect(path)?;

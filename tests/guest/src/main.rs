@@ -21,6 +21,7 @@ usage: cvmm-guest serve ENDPOINT              accept one connection and answer i
        cvmm-guest bench-serve ENDPOINT        accept one connection and answer the timings of scripts/bench
        cvmm-guest connect ENDPOINT MIB [MIB]  send MIB mebibytes, then receive as many (or the second number)
        cvmm-guest quote UNIX-SOCKET NONCE-HEX FILE  hand a guest the nonce and store the report that it sends
+       cvmm-guest relay ENDPOINT              accept one connection, pass on what comes and standard input
        cvmm-guest agent                       run commands for scripts/rig (L1 only)
 ENDPOINT: tcp:ADDRESS:PORT | vsock:CID:PORT | unix:PATH | hybrid:PATH:PORT (a VMM's vsock socket, CONNECT line)";
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         ["agent"] => agent::run(),
         ["serve", endpoint] => endpoint::accept(endpoint).and_then(transfer::answer).map(say),
         ["bench-serve", endpoint] => endpoint::accept(endpoint).and_then(bench::serve).map(say),
+        ["relay", endpoint] => endpoint::relay(endpoint),
         ["connect", endpoint, mib] => connect(endpoint, mib, mib),
         ["connect", endpoint, out, back] => connect(endpoint, out, back),
         ["quote", path, nonce, file] => report::collect(path, nonce, file),
