@@ -57,6 +57,9 @@ ROWS = [
     Row("tdx_pages", "TDX: pages added at launch (TDH.MEM.PAGE.ADD)", "", 21),
     Row("tdx_extends", "TDX: measuring commands at launch (TDH.MR.EXTEND)", ""),
     Row("tdx_bytes", "TDX: bytes measured at launch", "KiB"),
+    Row("tdx_commands", "TDX: launch commands, 1 vCPU, in the model", ""),
+    Row("tdx_exits", "TDX: exits until the first kernel instruction, in the model", "", 1),
+    Row("tdx_calls", "TDX: TDCALLs until then (acceptance by 4 KiB, as KVM backs a TD)", ""),
     Row("measure_cpu", "CPU of predicting the digest, 64 vCPUs, kernel and initrd given", "s", 0.05, "sev-snp-measure"),
     Row("binary", "stripped static binary", "MiB", 4),
 ]

@@ -3,89 +3,22 @@
 //! /dev/kvm these tests fail.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use interpose::{Outcome, Scenario};
+use interpose::place::{KERNEL_PORT, Place};
+use interpose::{INFO, Outcome, PAGE_ACCEPT, RTMR_EXTEND, Scenario};
 
-/// A directory with the files that a host of this kind has, and a kernel that passes for one.
-struct Place(PathBuf);
+const CVMM: &str = env!("CARGO_BIN_EXE_cvmm");
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+fn place(name: &str) -> Place {
+    Place::new(name).unwrap()
 }
 
-impl Place {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("cvmm-interposed-{name}-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        let place = Self(dir);
-        place.file("kernel", &kernel());
-        let (vendor, flag) = if name.starts_with("tdx") {
-            ("GenuineIntel", "tdx_host_platform")
-        } else {
-            ("AuthenticAMD", "sev_snp")
-        };
-        let cpuinfo = format!("vendor_id\t: {vendor}\ncpu family\t: 25\nflags\t\t: fpu {flag}\n");
-        place.file("proc/cpuinfo", cpuinfo.as_bytes());
-        place.file("sys/module/kvm_amd/parameters/sev_snp", b"Y\n");
-        place.file("sys/module/kvm_intel/parameters/tdx", b"Y\n");
-        place.file("dev/sev", b"");
-        place
-    }
-
-    fn file(&self, name: &str, content: &[u8]) {
-        let path = self.0.join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, content).unwrap();
-    }
-
-    fn run(&self, args: &[&str], change: impl FnOnce(&mut Scenario)) -> Outcome {
-        assert!(
-            Path::new("/dev/kvm").exists(),
-            "no /dev/kvm: nothing can stand behind the model"
-        );
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
-        let kernel = self.0.join("kernel");
-        command
-            .args(["run", "--console", "none", "--memory", "64M", "--kernel"])
-            .arg(kernel)
-            .args(args)
-            .stdin(Stdio::null())
-            .env_remove("NOTIFY_SOCKET");
-        let mut scenario = Scenario::new(self.0.clone());
-        change(&mut scenario);
-        interpose::run(command, scenario).unwrap()
-    }
+fn run(place: &Place, args: &[&str], change: impl FnOnce(&mut Scenario)) -> Outcome {
+    place.run(Path::new(CVMM), args, change).unwrap()
 }
-
-/// A kernel of protocol 2.15 whose 64-bit entry writes a byte to a port that nothing else uses, for ever.
-fn kernel() -> Vec<u8> {
-    const SETUP: usize = 5 * 512;
-    let mut file = vec![0; SETUP + 2 * 4096];
-    let fields: [(usize, &[u8]); 11] = [
-        (0x1f1, &[4]),
-        (0x1fe, &[0x55, 0xaa]),
-        (0x202, b"HdrS"),
-        (0x206, &[0x0f, 0x02]),
-        (0x211, &[1]),
-        (0x230, &[0, 0, 0x20, 0]),
-        (0x234, &[1]),
-        (0x236, &[0x7f, 0]),
-        (0x238, &[0xff, 7, 0, 0]),
-        (0x260, &[0, 0, 0x20, 0]),
-        (SETUP + 0x200, &[0xe6, KERNEL_PORT, 0xeb, 0xfc]),
-    ];
-    for (at, bytes) in fields {
-        file[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-    file
-}
-
-const KERNEL_PORT: u8 = 0xf5;
 
 /// `KVM_EXIT_X86_RDMSR`.
 const EXIT_RDMSR: u32 = 29;
@@ -93,8 +26,8 @@ const SEV_STATUS: u32 = 0xc001_0131;
 
 /// What `cvmm measure` prints for the same guest.
 fn predicted(place: &Place, platform: &str) -> String {
-    let kernel = place.0.join("kernel");
-    let output = Command::new(env!("CARGO_BIN_EXE_cvmm"))
+    let kernel = place.path().join("kernel");
+    let output = Command::new(CVMM)
         .args(["measure", "--platform", platform, "--cpus", "2", "--kernel"])
         .arg(kernel)
         .output()
@@ -113,8 +46,8 @@ fn hex(bytes: &[u8]) -> String {
 
 #[test]
 fn an_snp_guest_is_launched_as_predicted_and_runs_its_first_instructions() {
-    let place = Place::new("snp");
-    let outcome = place.run(&["--platform", "snp", "--cpus", "2"], |s| {
+    let place = place("snp");
+    let outcome = run(&place, &["--platform", "snp", "--cpus", "2"], |s| {
         s.enough = |progress| !progress.exits.is_empty()
     });
     let names = [
@@ -171,16 +104,16 @@ const AS_IT_IS: Case = Case {
 /// Runs each case; every one ends in one line that says what and why, with the documented code.
 fn refusals(platform: &str, cases: &[Case]) {
     for case in cases {
-        let place = Place::new(&format!("{platform}-{}", case.name.replace(' ', "-")));
+        let place = place(&format!("{platform}-{}", case.name.replace(' ', "-")));
         if let Some((name, content)) = case.file {
             if content.is_empty() {
-                fs::remove_file(place.0.join(name)).unwrap();
+                fs::remove_file(place.path().join(name)).unwrap();
             } else {
-                place.file(name, content.as_bytes());
+                place.file(name, content.as_bytes()).unwrap();
             }
         }
         let args = [&["--platform", platform], case.args].concat();
-        let outcome = place.run(&args, case.change);
+        let outcome = run(&place, &args, case.change);
         let told = &outcome.stderr;
         assert_eq!(outcome.code(), Some(case.code), "{}: {told}", case.name);
         assert!(told.contains(case.says), "{}: {told}", case.name);
@@ -277,8 +210,8 @@ fn what_an_snp_host_lacks_or_refuses_is_said_in_one_line() {
 
 #[test]
 fn an_snp_launch_survives_what_passes_by() {
-    let place = Place::new("snp-passing");
-    let outcome = place.run(&["--platform", "snp"], |s| {
+    let place = place("snp-passing");
+    let outcome = run(&place, &["--platform", "snp"], |s| {
         s.enough = |progress| !progress.exits.is_empty();
         s.snp = |model| {
             model.signals = 1;
@@ -304,17 +237,14 @@ fn an_snp_launch_survives_what_passes_by() {
     );
 }
 
-const INFO: u64 = 1;
-const RTMR_EXTEND: u64 = 2;
-const PAGE_ACCEPT: u64 = 6;
 /// `KVM_EXIT_IO`.
 const EXIT_IO: u32 = 2;
 
 #[test]
 fn a_td_is_launched_as_predicted_and_all_its_vcpus_enter_the_shim() {
     for (cpus, all) in [("1", 1), ("4", 4)] {
-        let place = Place::new(&format!("tdx-{cpus}"));
-        let outcome = place.run(&["--platform", "tdx", "--cpus", cpus], |s| {
+        let place = place(&format!("tdx-{cpus}"));
+        let outcome = run(&place, &["--platform", "tdx", "--cpus", cpus], |s| {
             // The launch is over when the first has come; the others are waited for.
             s.enough = |progress| progress.tdcalls.iter().any(|call| call.leaf == PAGE_ACCEPT);
             if all == 4 {
@@ -345,9 +275,9 @@ fn a_td_is_launched_as_predicted_and_all_its_vcpus_enter_the_shim() {
 
 #[test]
 fn a_td_reaches_its_kernel_with_one_exit_and_the_predicted_registers() {
-    let place = Place::new("tdx-kernel");
+    let place = place("tdx-kernel");
     // Where KVM emulates the shim, the interposer has to do a little of it by ioctls that cvmm's own filters forbid.
-    let outcome = place.run(&["--platform", "tdx", "--sandbox", "off"], |s| {
+    let outcome = run(&place, &["--platform", "tdx", "--sandbox", "off"], |s| {
         s.limit = Duration::from_secs(60);
         s.enough = |progress| progress.exits.len() == 2;
     });
@@ -383,9 +313,9 @@ fn a_td_reaches_its_kernel_with_one_exit_and_the_predicted_registers() {
 
 #[test]
 fn a_td_that_gives_up_says_why() {
-    let place = Place::new("tdx-fatal");
+    let place = place("tdx-fatal");
     let debugged = |model: &mut tdx::model::Model| model.module.shows = Some(1 << 28 | 1);
-    let outcome = place.run(&["--platform", "tdx"], |s| s.tdx = debugged);
+    let outcome = run(&place, &["--platform", "tdx"], |s| s.tdx = debugged);
     let told = &outcome.stderr;
     assert_eq!((outcome.code(), told.lines().count()), (Some(11), 1), "{told}");
     assert!(told.contains("the boot shim stopped: "), "{told}");
@@ -524,8 +454,8 @@ fn what_a_tdx_host_lacks_or_refuses_is_said_in_one_line() {
 
 #[test]
 fn a_td_launch_survives_what_passes_by() {
-    let place = Place::new("tdx-passing");
-    let outcome = place.run(&["--platform", "tdx"], |s| {
+    let place = place("tdx-passing");
+    let outcome = run(&place, &["--platform", "tdx"], |s| {
         s.enough = |progress| !progress.tdcalls.is_empty();
         s.tdx = |model| {
             model.module.without_entropy = 3;

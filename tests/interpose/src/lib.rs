@@ -7,6 +7,7 @@
 mod call;
 mod host;
 mod machine;
+pub mod place;
 mod scenario;
 mod snp_vm;
 mod state;
@@ -24,7 +25,7 @@ use std::thread;
 
 pub use machine::Ran;
 pub use scenario::{Progress, Scenario};
-pub use tdcall::TdCall;
+pub use tdcall::{INFO, PAGE_ACCEPT, RTMR_EXTEND, TdCall};
 pub use trace::Ended;
 
 use host::Host;

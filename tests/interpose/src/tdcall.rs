@@ -12,11 +12,14 @@ use crate::tables::{CPUID_OUT, CPUID_PORT, OUT, TDCALL_PORT};
 use crate::trace::Program;
 use crate::vm::Vm;
 
-/// Leaves.
+/// TDG.VP.VMCALL.
 const VMCALL: u64 = 0;
-const INFO: u64 = 1;
-const RTMR_EXTEND: u64 = 2;
-const PAGE_ACCEPT: u64 = 6;
+/// TDG.VP.INFO.
+pub const INFO: u64 = 1;
+/// TDG.MR.RTMR.EXTEND.
+pub const RTMR_EXTEND: u64 = 2;
+/// TDG.MEM.PAGE.ACCEPT.
+pub const PAGE_ACCEPT: u64 = 6;
 /// Status codes.
 const OPERAND_INVALID: u64 = 0xc000_0100_0000_0000;
 const ALREADY_ACCEPTED: u64 = 0x0000_0b0a_0000_0000;
