@@ -2,6 +2,7 @@
 //! a VMM does right or wrong (Linux 7.2, arch/x86/kvm/svm/sev.c and virt/kvm/guest_memfd.c, by function). For tests
 //! only; it protects nothing and needs no hardware. Nothing here is called by a launch on a real host.
 
+mod exits;
 mod firmware;
 mod vcpu;
 
@@ -15,6 +16,7 @@ use crate::error::Refusal;
 use crate::measure::{Measurement, PAGE, PageType};
 use crate::policy::Policy;
 
+pub use exits::{Access, CertExit, CertOutcome, Psc, PscEntry, PscOperation, Step};
 pub use firmware::{CpuidRule, Firmware};
 pub use vcpu::{Entry, MpState, Vcpu, VcpuIoctl};
 
@@ -154,6 +156,23 @@ impl Model {
     /// `KVM_SET_MEMORY_ATTRIBUTES` without PRIVATE.
     pub fn set_shared(&mut self, frames: Range<u64>) {
         self.private.retain(|gfn| !frames.contains(gfn));
+    }
+
+    /// `fallocate` punches holes into the file behind private frames: they are the guest's no longer
+    /// (`sev_gmem_invalidate`).
+    pub fn punch(&mut self, frames: Range<u64>) {
+        self.assigned.retain(|gfn, _| !frames.contains(gfn));
+    }
+
+    /// The frame is the guest's, validated or not.
+    pub fn is_assigned(&self, gfn: u64) -> bool {
+        self.assigned.contains_key(&gfn)
+    }
+
+    /// Removes the slots that lie in `frames`; what guest_memfd holds stays.
+    pub fn remove_slots(&mut self, frames: &Range<u64>) {
+        self.slots
+            .retain(|slot| slot.frames.start < frames.start || slot.frames.end > frames.end);
     }
 
     /// The digest that firmware holds.
