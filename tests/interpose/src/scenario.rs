@@ -77,7 +77,7 @@ impl Scenario {
             tdx: |_| {},
             snp: |_| {},
             enough: |_| false,
-            limit: Duration::from_secs(10),
+            limit: Duration::from_secs(30),
         }
     }
 
