@@ -349,3 +349,40 @@ fn a_thread_that_cannot_be_confined_talks_to_nobody() {
     assert_eq!(rig.wait(BUFFER), Status::Unavailable as u64);
     assert!(qgs.seen.try_recv().is_err());
 }
+
+#[test]
+fn nothing_is_written_once_a_conversion_has_drained() {
+    let qgs = Gated::new("race");
+    let rig = Rig::new(qgs.address());
+    let page = PageRange::new(Gpa(BUFFER), 0x1000).unwrap();
+    let private = || {
+        let mut bytes = vec![0; 0x1000];
+        let map: &GuestMemoryMmap = rig.shared.mapping();
+        map.read_slice(&mut bytes, GuestAddress(BUFFER)).unwrap();
+        bytes
+    };
+    let mut dropped = 0;
+    for n in 0..200 {
+        rig.ask(BUFFER, 7);
+        assert_eq!(rig.service.request(BUFFER, 0x1000), ReplyCode::Success);
+        qgs.seen.recv().unwrap();
+        qgs.go.send(vec![0x77; 4000]).unwrap();
+        // From before the answer is there to after it.
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_nanos(n * 500) {}
+        rig.visible.set(page, Visibility::Private);
+        assert!(rig.visible.drain(page, Duration::from_secs(5)));
+        let before = private();
+        // The worker is done once it takes the next request.
+        rig.ask(0x10_0000, 1);
+        while rig.service.request(0x10_0000, 0x1000) != ReplyCode::Success {}
+        qgs.seen.recv().unwrap();
+        assert_eq!(private(), before);
+        dropped += u32::from(before[8..16] == [0xff; 8]);
+        qgs.go.send(vec![0; 100]).unwrap();
+        assert_eq!(rig.wait(0x10_0000), 0);
+        rig.visible.set(page, Visibility::Shared);
+    }
+    println!("{dropped} of 200 quotes dropped");
+    assert!(dropped > 0);
+}
