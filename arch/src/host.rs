@@ -1,5 +1,5 @@
-//! Services of the host's kernel that no crate at hand wraps: inherited descriptors, signals as a descriptor, and the
-//! version of Landlock.
+//! Services of the host's kernel that no crate at hand wraps: inherited descriptors, signals as a descriptor, settings of
+//! the allocator, and the version of Landlock.
 // UNSAFETY: raw system calls.
 #![expect(unsafe_code)]
 
@@ -67,6 +67,17 @@ impl SignalFd {
 impl AsFd for SignalFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Makes the C library serve the memory of all threads from one heap. With a heap for each thread glibc reads
+/// `/proc/sys/vm/overcommit_memory` when it first gives memory of one back, which a thread that may open no files must not
+/// do. Call it before there is a second thread. Other C libraries have one heap anyway.
+pub fn use_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes two numbers and changes the allocator's settings under its own lock.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

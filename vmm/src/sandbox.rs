@@ -13,6 +13,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use arch::host::use_one_heap;
 use rustix::io::Errno;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
@@ -84,6 +85,7 @@ impl Sandbox {
                 ..Inside::default()
             })));
         }
+        use_one_heap();
         drop_capabilities().map_err(RunError::host("dropping capabilities"))?;
         // Gives up new privileges first, as installing a filter does.
         let landlock = match landlock::restrict(&plan.reach) {
