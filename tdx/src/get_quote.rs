@@ -366,4 +366,6 @@ fn refuse(desk: &Desk, jobs: &Receiver<Job>, cause: &io::Error) {
 }
 
 #[cfg(test)]
+mod lies;
+#[cfg(test)]
 mod tests;

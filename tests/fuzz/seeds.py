@@ -122,10 +122,13 @@ def map_gpa():
     convert = b"".join(op(kind, 0x80 | how, u16(at), count) for kind, how, at, count in ((0, 0, 3, 4), (1, page, 100, 1), (2, 0, 511, 9), (0, 5, 17, 0)))
     back = b"".join(op(0, 0, u16(at), count) for at, count in ((3, 4), (0, 200), (500, 40)))
     faults = op(3, 0, u16(9), 0) + op(3, 0x80, u16(9), 3) + op(4, 0, u16(509), 10)
-    ports = op(5, 0x45, u16(0x3F8), 0, bytes(range(32))) + op(6, 0x45, u16(0x3FD), 2) + op(5, 0x45, u16(0x600), 1, bytes(32))
-    snp = op(9, 0x45, u16(24), 0, struct.pack("<IIQ", 6, 1, 0x11100)) + op(9, 0x45, u16(43), 0, u64(0x5000) + u64(4))
+    body = lambda part: part.ljust(144, b"\0")
+    ports = op(5, 0x45, u16(0x3F8), 0, body(bytes(range(32)))) + op(6, 0x45, u16(0x3FD), 2, body(b"")) + op(5, 0x45, u16(0x600), 1, body(b""))
+    snp = op(9, 0x45, u16(24), 0, body(struct.pack("<IIQ", 6, 1, 0x11100))) + op(9, 0x45, u16(43), 0, body(u64(0x5000) + u64(4)))
+    tdx = b"".join(op(9, 0x45, u16(40), 0, body(u64(0) + u64(0x1_0000 + call) + u64(0) + u64(0x3000) + u64(0x1000))) for call in (0, 2, 4, 9))
+    tdx += op(9, 0x45, u16(24), 0, body(struct.pack("<II", 7, 16) + b"".join(u64(0x4142_4300 + register) for register in range(16))))
     held = op(0xE0, 0, u16(3), 4) + op(0xF0, 0x80, u16(3), 4)
-    return [convert, convert + back, faults, ports, snp, held, faults + convert + ports + back + snp]
+    return [convert, convert + back, faults, ports, snp, tdx, held, faults + convert + ports + back + snp]
 
 
 def kernel():

@@ -86,14 +86,14 @@ impl Rig {
 }
 
 /// A service that answers a request when it is told to, with a quote that begins with the report's first byte.
-struct Gated {
+pub(super) struct Gated {
     path: PathBuf,
-    go: mpsc::Sender<Vec<u8>>,
-    seen: mpsc::Receiver<u8>,
+    pub(super) go: mpsc::Sender<Vec<u8>>,
+    pub(super) seen: mpsc::Receiver<u8>,
 }
 
 impl Gated {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("cvmm-get-quote-{}-{name}", std::process::id()));
         let listener = UnixListener::bind(&path).unwrap();
         let (go, gate) = mpsc::channel::<Vec<u8>>();
@@ -119,7 +119,7 @@ impl Gated {
         Self { path, go, seen }
     }
 
-    fn address(&self) -> Option<Address> {
+    pub(super) fn address(&self) -> Option<Address> {
         Some(Address::Unix(self.path.clone()))
     }
 }

@@ -14,6 +14,8 @@ use devices::bus::Bus;
 use devices::power::PowerPorts;
 use devices::serial::{Serial, SerialLine};
 use snp::exit::{CertAnswer, SnpExit};
+use tdx::exit::{TdxExit, notify_vector};
+use tdx::get_quote::QuoteService;
 use vmm::ram::{Backing, GuestRam, ranges};
 use vmm::vcpu::{Enter, Flow, Memory, Services, step};
 
@@ -23,6 +25,8 @@ use crate::input::Input;
 const RAM: u64 = 2 << 20;
 const PAGES: u64 = RAM / PAGE_SIZE;
 const STEPS: usize = 300;
+/// Bytes of an exit's body that a program gives: all that is looked at.
+const BODY: usize = 144;
 
 /// One exit, with room for what is answered.
 struct Script {
@@ -72,6 +76,7 @@ impl Enter for Script {
                 data: self.bytes.get(..8).unwrap_or_default(),
             },
             _ => Exit::Platform(PlatformExit {
+                vcpu: 0,
                 reason: first as u32,
                 body: &mut self.body,
             }),
@@ -118,20 +123,51 @@ impl Backing for Told {
     }
 }
 
+/// Decodes what guests of both technologies ask, and answers.
 #[derive(Debug)]
-struct Platform;
+struct Platform(QuoteService);
 
 impl Sealed for Platform {
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
-        Ok(match SnpExit::decode(exit) {
-            Some(SnpExit::Terminated(how)) => PlatformFlow::Terminated(how.words(|_| None)),
-            Some(SnpExit::Certificates(request)) => {
-                let pages = request.pages();
-                request.answer(CertAnswer::TooSmall { pages });
-                PlatformFlow::Finish(Box::new(()))
+        let is_fatal = exit.reason == 24 && exit.body.first() == Some(&7);
+        if exit.reason != 40 && !is_fatal {
+            return Ok(serve_snp(exit));
+        }
+        Ok(match TdxExit::decode(exit) {
+            Some(TdxExit::Fatal(fatal)) => {
+                let words = fatal.words(|code| (code == 7).then(|| "seven".into()));
+                assert!(
+                    !words.contains(|c: char| c.is_control() || !c.is_ascii()),
+                    "{words:?}"
+                );
+                PlatformFlow::Terminated(words)
             }
-            None => PlatformFlow::Resume,
+            Some(TdxExit::GetQuote { gpa, bytes, call }) => {
+                call.answer(self.0.request(gpa, bytes));
+                PlatformFlow::Resume
+            }
+            Some(TdxExit::GetInfo { call, .. }) => {
+                call.answer_info(1);
+                PlatformFlow::Resume
+            }
+            Some(TdxExit::SetupNotify { vector, .. }) => {
+                assert!(notify_vector(vector).is_none_or(|vector| vector >= 32));
+                PlatformFlow::Resume
+            }
+            Some(TdxExit::Unknown { .. }) | None => PlatformFlow::Resume,
         })
+    }
+}
+
+fn serve_snp(exit: PlatformExit<'_>) -> PlatformFlow {
+    match SnpExit::decode(exit) {
+        Some(SnpExit::Terminated(how)) => PlatformFlow::Terminated(how.words(|_| None)),
+        Some(SnpExit::Certificates(request)) => {
+            let pages = request.pages();
+            request.answer(CertAnswer::TooSmall { pages });
+            PlatformFlow::Finish(Box::new(()))
+        }
+        None => PlatformFlow::Resume,
     }
 }
 
@@ -160,6 +196,7 @@ pub fn run(data: &[u8]) {
         .attach(0x600, 8, Box::new(PowerPorts::new(Box::new(|_| {}))))
         .unwrap();
     let shared = SharedMem::new(Arc::clone(host.map()), Arc::clone(&visible));
+    let quotes = QuoteService::new(shared.clone(), None, Box::new(|| {})).unwrap();
     let to = Services {
         ports,
         mmio,
@@ -169,7 +206,7 @@ pub fn run(data: &[u8]) {
             Box::new(told.clone()),
         )),
         private_backing: true,
-        platform: Box::new(Platform),
+        platform: Box::new(Platform(quotes)),
     };
     let (mut memory, mut pins) = (Memory::default(), vec![]);
     for _ in 0..STEPS {
@@ -213,7 +250,7 @@ fn script(input: &mut Input<'_>) -> Script {
         _ => small,
     };
     let mut body = Box::new([0; 256]);
-    let mut bytes = input.take(usize::from(how & 0x40) / 2).to_vec();
+    let mut bytes = input.take(if how & 0x40 == 0 { 0 } else { BODY }).to_vec();
     body[..bytes.len()].copy_from_slice(&bytes);
     bytes.resize(32, 0);
     Script {
