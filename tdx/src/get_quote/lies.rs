@@ -54,7 +54,11 @@ fn run(qgs: &Gated, hide: Option<(u64, usize)>) -> (ReplyCode, Arc<Liar>, Shared
         reads: Mutex::default(),
     });
     let watch: Arc<dyn Watch> = Arc::<Liar>::clone(&liar);
-    let service = QuoteService::new(shared.clone().watched(watch), qgs.address(), Box::new(|| {})).unwrap();
+    let source = qgs.address().map(|address| Source {
+        address,
+        enter: Arc::new(|| Ok(())),
+    });
+    let service = QuoteService::new(shared.clone().watched(watch), source, Box::new(|| {})).unwrap();
     let code = service.request(BUFFER, PAGES * PAGE);
     if code == ReplyCode::Success {
         assert_eq!(qgs.seen.recv().unwrap(), 7);
