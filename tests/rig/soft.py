@@ -1,9 +1,14 @@
 """Guests without protection, on an ordinary L1: the machine, its devices, and cvmm as a subprocess."""
 
+import json
 import re
+import socket
 import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
 
-from host import RIG
+from host import RIG, output
 
 TRAFFIC = ["smp", "disk", "net", "vsock", "vsock-listen", "rng"]
 NETWORK = "cvmm.ip=10.9.0.2/24 cvmm.peer=10.9.0.1:7000"
@@ -173,6 +178,26 @@ def doctor_finds_a_host_for_soft(host):
     assert code == 0 and "snp" in text, text
 
 
+def hardware_check_finds_what_was_predicted(host):
+    """The command for people with real hardware, here: every digest agrees, and the archive names nobody."""
+    kind = "soft" if host.kind == "plain" else host.kind
+    with tempfile.TemporaryDirectory() as folder:
+        output("scripts/hardware-check", kind, "--l1", host.name, "--cvmm", host.binary, "--out", folder)
+        (archive,) = Path(folder).iterdir()
+        with tarfile.open(archive) as tar:
+            files = {Path(entry.name).name: tar.extractfile(entry).read().decode() for entry in tar}
+    launches = json.loads(files["summary.json"])["launches"]
+    assert [launch["cpus"] for launch in launches] == [1, 2] and all(launch["ok"] for launch in launches), launches
+    registers = {"soft": [], "snp": ["digest"], "tdx": ["mrtd", *(f"rtmr{index}" for index in range(4))]}[kind]
+    assert all(sorted(launch["reported"]) == registers for launch in launches), launches
+    parts = [f"{name}-{cpus}.{kind}" for cpus in (1, 2) for name, kind in (("console", "txt"), ("events", "jsonl"), ("log", "txt"))]
+    assert sorted(files) == sorted(["README.txt", "doctor.json", "host-kernel.txt", "summary.json", *parts]), sorted(files)
+    told = "".join(files.values())
+    named = re.search(rf"(?<![\w-]){re.escape(socket.gethostname())}(?![\w-])", told)
+    assert "CVMM-REPORT" not in told and not named, named
+    return f"{len(files)} files"
+
+
 TESTS = [
     cloud_kernel_1_vcpu,
     amd64_kernel_4_vcpus,
@@ -188,4 +213,5 @@ TESTS = [
     every_thread_is_confined,
     a_jailed_machine_works,
     doctor_finds_a_host_for_soft,
+    hardware_check_finds_what_was_predicted,
 ]
