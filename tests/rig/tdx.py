@@ -108,10 +108,11 @@ def a_reboot_has_the_same_digest(host):
 
 
 def two_vcpus(host):
-    """The guest wakes its second processor through the shim's mailbox."""
-    ended = host.guest("--cpus", "2", run="smp,registers", timeout=900)
-    results = ended.passed("smp", "registers")
+    """The guest wakes its second processor through the shim's mailbox, gives it back to the shim, and wakes it again."""
+    ended = host.guest("--cpus", "2", run="smp,registers,hotplug", timeout=900)
+    results = ended.passed("smp", "registers", "hotplug")
     assert results["smp"][1].startswith("online 0-1"), results["smp"]
+    assert results["hotplug"][1].startswith("online 0-1, 0, 0-1 "), results["hotplug"]
     attested(host, ended)
 
 

@@ -38,6 +38,7 @@ pub(crate) fn run(wanted: &CommandLine) -> Then {
             "TOUR" => tour(wanted),
             "smp" => fs::read_to_string("/sys/devices/system/cpu/online")
                 .map(|list| format!("online {}", list.trim())),
+            "hotplug" => hotplug(),
             "memory" => memory(),
             "touch" => touch(wanted),
             "disk" => disk(wanted),
@@ -163,6 +164,18 @@ fn tour(wanted: &CommandLine) -> io::Result<String> {
         }
     );
     Ok("done".into())
+}
+
+/// Takes the second processor off and brings it back.
+fn hotplug() -> io::Result<String> {
+    const CPUS: &str = "/sys/devices/system/cpu";
+    let online = || fs::read_to_string(format!("{CPUS}/online"));
+    let mut seen = online()?.trim().to_owned();
+    for state in ["0", "1"] {
+        fs::write(format!("{CPUS}/cpu1/online"), state)?;
+        seen = format!("{seen}, {}", online()?.trim());
+    }
+    Ok(format!("online {seen}"))
 }
 
 fn memory() -> io::Result<String> {
