@@ -300,7 +300,9 @@ def outside_size(rest):
 
 
 def write(target, into):
-    """Writes the seeds of `target` into the directory `into`."""
+    """Writes the seeds of `target` into the directory `into`, and what was once found with it."""
     into.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS.get(target, list)()):
         (into / f"{number:03}").write_bytes(seed)
+    for path in (ROOT / "tests/fuzz/found" / target).glob("*"):
+        (into / path.name).write_bytes(path.read_bytes())

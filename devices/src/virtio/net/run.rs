@@ -60,9 +60,10 @@ impl Pair {
     fn watch(&mut self, poll: &Poll, index: u64) {
         let held = self.link.held();
         let live = self.active && !self.hung_up;
+        let takes = self.rx.is_some() && !self.rx_starved;
         let wanted = Interest {
-            read: live && self.rx.is_some() && !self.rx_starved,
-            write: live && (self.tx_waits || held.outgoing || held.incoming && !self.rx_starved),
+            read: live && takes,
+            write: live && (self.tx_waits || held.outgoing || held.incoming && takes),
             hang_up: false,
         };
         if let Err(e) = poll.watch(self.link.fd(), index, &mut self.watched, wanted) {
