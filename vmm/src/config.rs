@@ -4,6 +4,7 @@
 mod blob;
 mod confine;
 mod net;
+mod rates;
 mod snp;
 mod tdx;
 mod text;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use blob::{Blob, Blob32, Blob48};
 pub use confine::{Account, Confine, Switch};
 pub use net::{Backend, Mac, Net};
+pub use rates::Rates;
 pub use snp::{Policy, Snp};
 pub use tdx::{Attributes, QuoteService, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
@@ -117,12 +119,20 @@ pub struct Boot {
     reason = "clap would take the text for the command's description"
 )]
 pub struct Devices {
-    /// Disk: a raw image or a block device; repeat for more. `ro` lets the guest only read it
-    #[arg(long = "disk", value_name = "PATH[,ro][,queues=N]")]
+    /// Disk: a raw image or a block device; repeat for more. `ro` lets the guest only read it; `bandwidth` (bytes) and
+    /// `operations` are most per second, after a burst of one second's worth
+    #[arg(
+        long = "disk",
+        value_name = "PATH[,ro][,queues=N][,bandwidth=SIZE][,operations=N]"
+    )]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
-    /// Network card on an existing tap, an inherited tap descriptor, or passt's socket; repeat for more
-    #[arg(long = "net", value_name = "tap=NAME|fd=N|passt=PATH[,mac=MAC][,queues=N]")]
+    /// Network card on an existing tap, an inherited tap descriptor, or passt's socket; repeat for more. Rates as for
+    /// disks: rx-bandwidth, rx-operations (what the guest receives), tx-bandwidth, tx-operations
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME|fd=N|passt=PATH[,mac=MAC][,queues=N][,RATE=N]..."
+    )]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<Net>,
     /// Sockets between host and guest: `uds` is the Unix socket on which the host says `CONNECT PORT`

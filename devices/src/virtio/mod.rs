@@ -9,6 +9,7 @@ mod lies;
 pub mod mock;
 pub mod net;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod serve;
 pub mod transport;

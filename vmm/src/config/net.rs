@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::rates::Rates;
 use super::text::{BadValue, bad, number, serde_as_text};
 
 /// A network card. In JSON one of `tap`, `fd` and `passt` names the host's side.
@@ -18,6 +19,10 @@ pub struct Net {
     pub mac: Option<Mac>,
     /// Pairs of queues; absent means one.
     pub queues: Option<u16>,
+    /// Rates of what the guest receives, over all pairs together.
+    pub rx_limit: Rates,
+    /// Rates of what the guest sends.
+    pub tx_limit: Rates,
 }
 
 /// The host's side of a network card.
@@ -35,7 +40,8 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mac(pub [u8; 6]);
 
-const FORM: &str = "write tap=NAME, fd=N or passt=PATH, then optionally ,mac=02:00:00:00:00:01 and ,queues=N";
+const FORM: &str = "write tap=NAME, fd=N or passt=PATH, then optionally ,mac=02:00:00:00:00:01, ,queues=N and \
+                    ,rx-bandwidth=SIZE, ,rx-operations=N, ,tx-bandwidth=SIZE, ,tx-operations=N";
 
 #[derive(Serialize, Deserialize, Default)]
 #[serde(default, deny_unknown_fields)]
@@ -50,6 +56,10 @@ struct Fields {
     mac: Option<Mac>,
     #[serde(skip_serializing_if = "Option::is_none")]
     queues: Option<u16>,
+    #[serde(skip_serializing_if = "Rates::are_unlimited")]
+    rx_limit: Rates,
+    #[serde(skip_serializing_if = "Rates::are_unlimited")]
+    tx_limit: Rates,
 }
 
 impl TryFrom<Fields> for Net {
@@ -67,6 +77,8 @@ impl TryFrom<Fields> for Net {
             backend,
             mac: fields.mac,
             queues: fields.queues,
+            rx_limit: fields.rx_limit,
+            tx_limit: fields.tx_limit,
         })
     }
 }
@@ -76,6 +88,8 @@ impl From<Net> for Fields {
         let mut fields = Self {
             mac: net.mac,
             queues: net.queues,
+            rx_limit: net.rx_limit,
+            tx_limit: net.tx_limit,
             ..Self::default()
         };
         match net.backend {
@@ -99,7 +113,17 @@ impl FromStr for Net {
                 Some(("passt", path)) => fields.passt = Some(path.into()),
                 Some(("mac", mac)) => fields.mac = Some(mac.parse()?),
                 Some(("queues", n)) => fields.queues = Some(number("queues", n)?),
-                _ => return bad(format!("unknown option `{word}`; {FORM}")),
+                Some((name, value)) => {
+                    let taken = match name.split_once('-') {
+                        Some(("rx", name)) => fields.rx_limit.take(name, value)?,
+                        Some(("tx", name)) => fields.tx_limit.take(name, value)?,
+                        _ => false,
+                    };
+                    if !taken {
+                        return bad(format!("unknown option `{word}`; {FORM}"));
+                    }
+                }
+                None => return bad(format!("unknown option `{word}`; {FORM}")),
             }
         }
         fields.try_into()

@@ -20,7 +20,7 @@ fn from_json(json: &str) -> Result<Config, String> {
 }
 
 const ALL_FLAGS: &str = "--kernel k --initrd i --cmdline quiet --memory 512M --cpus 2 --platform snp --machine v1 \
-    --disk a --disk b,ro,queues=4 --net tap=tap0 --net fd=7,mac=02:00:00:00:00:0a --net passt=/p,queues=1 \
+    --disk a,bandwidth=10M,operations=500 --disk b,ro,queues=4 --net tap=tap0 --net fd=7,mac=02:00:00:00:00:0a --net passt=/p,queues=1,rx-bandwidth=1M,tx-operations=9 \
     --vsock cid=3,uds=/v --rng --console socket=/c --policy 0x30000 \
     --host-data 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f \
     --id-block ib --id-auth ia --certs c --debug-swap --secure-tsc --events fd:5 --ready-fd 6 --no-reboot";
@@ -29,8 +29,9 @@ const ALL_JSON: &str = r#"{
     "boot": {"kernel": "k", "initrd": "i", "cmdline": "quiet"},
     "memory": "512M", "cpus": 2, "platform": "snp", "machine": "v1",
     "devices": {
-        "disks": [{"path": "a"}, {"path": "b", "readonly": true, "queues": 4}],
-        "nets": [{"tap": "tap0"}, {"fd": 7, "mac": "02:00:00:00:00:0a"}, {"passt": "/p", "queues": 1}],
+        "disks": [{"path": "a", "limit": {"bandwidth": "10M", "operations": 500}}, {"path": "b", "readonly": true, "queues": 4}],
+        "nets": [{"tap": "tap0"}, {"fd": 7, "mac": "02:00:00:00:00:0a"}, {"passt": "/p", "queues": 1,
+            "rx_limit": {"bandwidth": "1M"}, "tx_limit": {"operations": 9}}],
         "vsock": {"cid": 3, "uds": "/v"}, "rng": true, "console": "socket=/c"
     },
     "snp": {
@@ -137,8 +138,17 @@ fn malformed_flags_are_refused_with_the_form_to_write() {
         ("--memory 99999999T", "larger than 2^64 bytes"),
         ("--cpus two", "invalid digit"),
         ("--disk ,ro", "no path"),
-        ("--disk a,rw", "unknown option `rw`; write PATH[,ro][,queues=N]"),
+        (
+            "--disk a,rw",
+            "unknown option `rw`; write PATH[,ro][,queues=N][,bandwidth=SIZE][,operations=N]",
+        ),
         ("--disk a,queues=x", "queues=x is not a number in range"),
+        ("--disk a,bandwidth=0", "a rate of 0 would stop the device"),
+        (
+            "--net tap=t,rx-operations=-1",
+            "operations=-1 is not a number in range",
+        ),
+        ("--net tap=t,bandwidth=1M", "unknown option `bandwidth=1M`"),
         (
             "--net eth0",
             "unknown option `eth0`; write tap=NAME, fd=N or passt=PATH",
@@ -204,6 +214,7 @@ fn config() -> impl Strategy<Value = Config> {
                 path: path.into(),
                 readonly,
                 queues,
+                limit: Rates::default(),
             }
         });
     let backend = prop_oneof![
@@ -220,6 +231,8 @@ fn config() -> impl Strategy<Value = Config> {
             backend,
             mac: mac.map(Mac),
             queues,
+            rx_limit: Rates::default(),
+            tx_limit: Rates::default(),
         });
     let console = prop_oneof![
         Just(Console::Stdio),

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::rates::Rates;
+
 /// A value that does not have the documented form. The text says what is wrong and what to write.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -104,7 +106,12 @@ pub struct Disk {
     /// Request queues; absent means one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// Rates to keep, over all queues together.
+    #[serde(default, skip_serializing_if = "Rates::are_unlimited")]
+    pub limit: Rates,
 }
+
+const DISK_FORM: &str = "write PATH[,ro][,queues=N][,bandwidth=SIZE][,operations=N]";
 
 impl FromStr for Disk {
     type Err = BadValue;
@@ -115,18 +122,19 @@ impl FromStr for Disk {
             path: words.next().unwrap_or_default().into(),
             readonly: false,
             queues: None,
+            limit: Rates::default(),
         };
         if disk.path.as_os_str().is_empty() {
-            return bad("no path; write PATH[,ro][,queues=N]");
+            return bad(format!("no path; {DISK_FORM}"));
         }
         for word in words {
             match word.split_once('=') {
                 None if word == "ro" => disk.readonly = true,
                 Some(("queues", n)) => disk.queues = Some(number("queues", n)?),
+                Some((name, value)) if disk.limit.take(name, value)? => {}
                 _ => {
                     return bad(format!(
-                        "unknown option `{word}`; write PATH[,ro][,queues=N] (a path with a comma only goes \
-                         into --config)"
+                        "unknown option `{word}`; {DISK_FORM} (a path with a comma only goes into --config)"
                     ));
                 }
             }

@@ -86,7 +86,8 @@ impl Periphery {
             let enter: Enter = Arc::new(move || sandbox.confine(Thread::Disk));
             let file = disk.file.try_clone();
             let opened = file
-                .and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index), &enter));
+                .and_then(|file| Block::open(file, disk.readonly, disk.queues, serial_number(index), &enter))
+                .and_then(|block| block.limit(disk.rates));
             let doing = format!("opening disk {}", disk.path.display());
             fitter.attach(
                 &format!("disk{index}"),

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use devices::virtio::rate::Rates;
+
 use super::file::{describe, reason};
 use crate::config::Disk;
 
@@ -23,6 +25,8 @@ pub struct DiskSpec {
     pub readonly: bool,
     /// Request queues, 1 to [`MOST_QUEUES`].
     pub queues: u16,
+    /// Rates to keep.
+    pub rates: Rates,
 }
 
 /// Size of a virtio-blk sector.
@@ -181,6 +185,7 @@ fn open(disk: &Disk) -> Result<(Identity, DiskSpec), DiskError> {
         bytes,
         readonly: disk.readonly,
         queues,
+        rates: disk.limit.into(),
     };
     Ok((identity, spec))
 }

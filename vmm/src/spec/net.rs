@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use arch::tap::{Tap, TapError};
 use devices::virtio::net as device;
+use devices::virtio::rate::Rates;
 
 use super::inherited::{FdError, Inherited};
 use super::socket::{self, SocketError};
@@ -21,6 +22,8 @@ pub struct NetSpec {
     /// Address of the guest's card.
     pub mac: device::MacAddress,
     link: Link,
+    /// Rates to keep when the guest receives, and when it sends.
+    rates: (Rates, Rates),
 }
 
 #[derive(Debug)]
@@ -48,7 +51,8 @@ impl NetSpec {
                 (device::Backend::TapFds(fds), pairs)
             }
         };
-        Ok(device::Net::open(backend, self.mac, pairs)?)
+        let (receive, transmit) = self.rates;
+        Ok(device::Net::open(backend, self.mac, pairs)?.limit(receive, transmit)?)
     }
 }
 
@@ -154,6 +158,7 @@ pub(super) struct Checked {
     backend: CheckedBackend,
     mac: device::MacAddress,
     pairs: u16,
+    rates: (Rates, Rates),
 }
 
 #[derive(Debug)]
@@ -198,6 +203,7 @@ pub(super) fn check_all(nets: &[Net]) -> Result<Vec<Checked>, NetError> {
             backend,
             mac: mac.to_string().parse().map_err(|_| NetError::Mac { mac })?,
             pairs,
+            rates: (net.rx_limit.into(), net.tx_limit.into()),
         });
     }
     Ok(checked)
@@ -284,6 +290,7 @@ impl Checked {
             name: self.name,
             mac: self.mac,
             link,
+            rates: self.rates,
         })
     }
 }

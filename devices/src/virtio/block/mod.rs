@@ -7,13 +7,15 @@ mod running;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arch::blockio::{Disk, Engine, Enter};
+use arch::poll::{Interest, Poll};
 
 use super::device::{Activation, Running, VirtioDevice};
+use super::rate::{Limit, Rates};
 use request::{Limits, SECTOR_BYTES, feature};
 use running::{Lane, RunningBlock, Shared};
 
@@ -36,6 +38,9 @@ pub struct Block {
     features: u64,
     queue_sizes: Vec<u16>,
     home: Home,
+    limit: Limit,
+    /// The engines and the end of a wait, if there is a limit.
+    poll: Option<Poll>,
 }
 
 impl Block {
@@ -67,7 +72,27 @@ impl Block {
             disk: Arc::new(disk),
             read_only,
             id,
+            limit: Limit::default(),
+            poll: None,
         })
+    }
+
+    /// Keeps the disk to `rates`, over all its queues together.
+    ///
+    /// # Errors
+    /// The process or host has no more descriptors.
+    pub fn limit(mut self, rates: Rates) -> io::Result<Self> {
+        const READ: Interest = Interest {
+            read: true,
+            ..Interest::NONE
+        };
+        if !rates.are_unlimited() {
+            let poll = Poll::open()?;
+            poll.watch(self.disk.notifier(), 0, &mut { Interest::NONE }, READ)?;
+            self.limit = Limit::new(rates, &poll, 1)?;
+            self.poll = Some(poll);
+        }
+        Ok(self)
     }
 
     /// Capacity in bytes that the guest sees.
@@ -113,7 +138,11 @@ impl VirtioDevice for Block {
     }
 
     fn backend(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.disk.notifier())
+        Some(
+            self.poll
+                .as_ref()
+                .map_or_else(|| self.disk.notifier(), AsFd::as_fd),
+        )
     }
 
     fn activate(&mut self, with: Activation) -> io::Result<Box<dyn Running>> {
@@ -134,6 +163,7 @@ impl VirtioDevice for Block {
             // Without a flush request each write must be stable when it completes.
             durable: with.features & feature::FLUSH == 0,
             id: self.id,
+            limit: self.limit.clone(),
         };
         Ok(Box::new(RunningBlock::new(shared, lanes, Arc::clone(&self.home))))
     }

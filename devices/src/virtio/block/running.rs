@@ -13,6 +13,7 @@ use super::Home;
 use super::request::{Data, HEADER_BYTES, ID_BYTES, Limits, Range, Request, Status};
 use crate::virtio::device::Running;
 use crate::virtio::queue::{Chain, ChainIo, QueueBroken, VirtQueue};
+use crate::virtio::rate::Limit;
 
 /// Data that one call begins to move at most, in bytes, so that one queue does not starve other devices.
 const BYTES_PER_CALL: u64 = 16 << 20;
@@ -28,6 +29,19 @@ pub(super) struct Shared {
     /// Writes complete on stable storage.
     pub(super) durable: bool,
     pub(super) id: [u8; 20],
+    /// Rates to keep, of all queues together.
+    pub(super) limit: Limit,
+}
+
+/// Where a turn over the ring ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    /// The ring is empty.
+    Nothing,
+    /// The allowance of one call is used up.
+    More,
+    /// A rate is; the limit's poll says when to go on.
+    Waits,
 }
 
 /// The running device.
@@ -46,8 +60,8 @@ pub(super) struct Lane {
     engine: Box<dyn Engine>,
     /// Requests in flight, by head.
     begun: Vec<Option<Reply>>,
-    /// Work was left in the ring.
-    more: bool,
+    /// What was left in the ring.
+    left: Left,
     /// A host error was logged.
     told: bool,
     /// Scratch lists, kept for their memory.
@@ -75,7 +89,7 @@ impl Lane {
             queue,
             engine,
             begun: vec![None; size],
-            more: false,
+            left: Left::Nothing,
             told: false,
             segments: Vec::new(),
             done: Vec::new(),
@@ -99,37 +113,43 @@ impl Lane {
         let mut bytes = BYTES_PER_CALL;
         loop {
             queue.disable_kicks(mem)?;
-            self.more = !self.begin_all(shared, queue, &mut chains, &mut bytes)?;
+            self.left = self.begin_all(shared, queue, &mut chains, &mut bytes)?;
             self.answer_all(shared, queue)?;
-            if self.more {
-                shared.disk.wake();
-                break;
-            }
-            if !queue.enable_kicks(mem)? {
-                break;
+            match self.left {
+                Left::More => {
+                    shared.disk.wake();
+                    break;
+                }
+                Left::Waits => break,
+                Left::Nothing if !queue.enable_kicks(mem)? => break,
+                Left::Nothing => {}
             }
         }
         queue.notify(mem)
     }
 
-    /// Begins requests until the ring is empty, which is `true`, or the allowance is used up.
+    /// Begins requests until the ring is empty, or the allowance or a rate is used up.
     fn begin_all(
         &mut self,
         shared: &Shared,
         queue: &mut VirtQueue,
         chains: &mut u16,
         bytes: &mut u64,
-    ) -> Result<bool, QueueBroken> {
+    ) -> Result<Left, QueueBroken> {
         while *chains != 0 && *bytes != 0 {
+            if !shared.limit.admits() {
+                return Ok(Left::Waits);
+            }
             let Some(chain) = queue.pop(&shared.mem)? else {
-                return Ok(true);
+                return Ok(Left::Nothing);
             };
             *chains = chains.saturating_sub(1);
             let moves = chain.readable_bytes().saturating_add(chain.writable_bytes());
             *bytes = bytes.saturating_sub(moves);
+            shared.limit.take(moves);
             self.begin(shared, queue.index(), &chain)?;
         }
-        Ok(false)
+        Ok(Left::More)
     }
 
     fn begin(&mut self, shared: &Shared, queue: u16, chain: &Chain) -> Result<(), QueueBroken> {
@@ -244,7 +264,7 @@ impl Lane {
 
     /// Answers what is finished, and takes up what an earlier call left.
     fn on_backend(&mut self, shared: &Shared) -> Result<(), QueueBroken> {
-        if self.more {
+        if self.left != Left::Nothing {
             return self.serve(shared);
         }
         let Some(mut queue) = self.queue.take() else {
@@ -316,6 +336,7 @@ impl Running for RunningBlock {
 
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         self.shared.disk.acknowledge();
+        self.shared.limit.acknowledge();
         for lane in &mut self.lanes {
             lane.on_backend(&self.shared)?;
         }

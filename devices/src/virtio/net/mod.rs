@@ -22,13 +22,14 @@ use arch::poll::Poll;
 use arch::tap::{Offloads, Tap, TapError};
 
 use super::device::{Activation, Running, VirtioDevice};
+use super::rate::{Limit, Rates};
 use super::serve::copy_fields;
 pub use header::net_feature;
 use link::{Link, Stream, TapLink};
 use net_feature::{
     CSUM, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6, MAC, MQ, MRG_RXBUF, MTU, STATUS,
 };
-use run::{NetRunning, Shelf};
+use run::{LIMIT, Limits, NetRunning, Shelf};
 
 const DEVICE_ID: u32 = 1;
 const QUEUE_SIZE: u16 = 256;
@@ -124,7 +125,7 @@ pub enum NetError {
         source: io::Error,
     },
     /// The host is out of descriptors.
-    #[error("cannot make an epoll descriptor")]
+    #[error("cannot make an epoll or timer descriptor")]
     Poll(#[source] io::Error),
 }
 
@@ -136,6 +137,7 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     poll: Arc<Poll>,
     shelf: Shelf,
+    limits: Limits,
 }
 
 impl Net {
@@ -193,7 +195,21 @@ impl Net {
             queue_sizes,
             poll: Arc::new(Poll::open().map_err(NetError::Poll)?),
             shelf: Arc::new(Mutex::new(links)),
+            limits: Limits::default(),
         })
+    }
+
+    /// Keeps the card to rates of what the guest receives and of what it sends, over all pairs together.
+    ///
+    /// # Errors
+    /// See [`NetError::Poll`].
+    pub fn limit(mut self, receive: Rates, transmit: Rates) -> Result<Self, NetError> {
+        let limit = |rates| Limit::new(rates, &self.poll, LIMIT).map_err(NetError::Poll);
+        self.limits = Limits {
+            receive: limit(receive)?,
+            transmit: limit(transmit)?,
+        };
+        Ok(self)
     }
 }
 
@@ -259,7 +275,12 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, with: Activation) -> io::Result<Box<dyn Running>> {
-        let running = NetRunning::start(with, Arc::clone(&self.poll), Arc::clone(&self.shelf))?;
+        let running = NetRunning::start(
+            with,
+            Arc::clone(&self.poll),
+            Arc::clone(&self.shelf),
+            self.limits.clone(),
+        )?;
         Ok(Box::new(running))
     }
 }

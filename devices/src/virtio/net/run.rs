@@ -8,11 +8,12 @@ use arch::poll::{Interest, Poll};
 
 use super::super::device::{Activation, Running};
 use super::super::queue::{Chain, QueueBroken, VirtQueue};
+use super::super::rate::Limit;
 use super::super::serve::serve;
 use super::header::{MAX_BYTES, net_feature};
 use super::link::Link;
 use super::rx::{Rx, RxEnd};
-use super::tx::Tx;
+use super::tx::{Tx, TxEnd};
 
 /// Where the links are while no driver is up.
 pub(super) type Shelf = Arc<Mutex<Vec<Box<dyn Link>>>>;
@@ -29,8 +30,8 @@ struct Pair {
     rx: Option<Rx>,
     tx: Option<Tx>,
     active: bool,
-    rx_starved: bool,
-    tx_waits: bool,
+    received: RxEnd,
+    sent: TxEnd,
     hung_up: bool,
     /// What the epoll descriptor watches.
     watched: Interest,
@@ -42,16 +43,15 @@ impl Pair {
             && self.active
             && !self.hung_up
         {
-            let end = rx.run(mem, &mut *self.link, spill)?;
-            self.rx_starved = end == RxEnd::Starved;
-            self.hung_up = end == RxEnd::HungUp;
+            self.received = rx.run(mem, &mut *self.link, spill)?;
+            self.hung_up = self.received == RxEnd::HungUp;
         }
         Ok(())
     }
 
     fn transmit(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<(), QueueBroken> {
         if let Some(tx) = &mut self.tx {
-            self.tx_waits = tx.run(mem, &mut *self.link, spill)?;
+            self.sent = tx.run(mem, &mut *self.link, spill)?;
         }
         Ok(())
     }
@@ -60,10 +60,10 @@ impl Pair {
     fn watch(&mut self, poll: &Poll, index: u64) {
         let held = self.link.held();
         let live = self.active && !self.hung_up;
-        let takes = self.rx.is_some() && !self.rx_starved;
+        let takes = self.rx.is_some() && !matches!(self.received, RxEnd::Starved | RxEnd::Limited);
         let wanted = Interest {
             read: live && takes,
-            write: live && (self.tx_waits || held.outgoing || held.incoming && takes),
+            write: live && (self.sent == TxEnd::More || held.outgoing || held.incoming && takes),
             hang_up: false,
         };
         if let Err(e) = poll.watch(self.link.fd(), index, &mut self.watched, wanted) {
@@ -82,10 +82,28 @@ pub(super) struct NetRunning {
     control: Option<(usize, VirtQueue)>,
     features: u64,
     spill: Box<[u8]>,
+    limits: Limits,
 }
 
+/// What is kept to, each over all pairs together.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Limits {
+    pub(super) receive: Limit,
+    pub(super) transmit: Limit,
+}
+
+impl Limits {
+    fn acknowledge(&self) {
+        self.receive.acknowledge();
+        self.transmit.acknowledge();
+    }
+}
+
+/// Token of a limit's end of waiting; pairs have small numbers.
+pub(super) const LIMIT: u64 = u64::MAX;
+
 impl NetRunning {
-    pub(super) fn start(with: Activation, poll: Arc<Poll>, shelf: Shelf) -> io::Result<Self> {
+    pub(super) fn start(with: Activation, poll: Arc<Poll>, shelf: Shelf, limits: Limits) -> io::Result<Self> {
         let links = std::mem::take(&mut *shelf.lock().unwrap_or_else(PoisonError::into_inner));
         if links.is_empty() {
             return Err(io::Error::other("the network device is already running"));
@@ -105,11 +123,11 @@ impl NetRunning {
             .into_iter()
             .map(|link| Pair {
                 link,
-                rx: next().map(|queue| Rx::new(queue, features)),
-                tx: next().map(|queue| Tx::new(queue, features)),
+                rx: next().map(|queue| Rx::new(queue, features, limits.receive.clone())),
+                tx: next().map(|queue| Tx::new(queue, features, limits.transmit.clone())),
                 active: false,
-                rx_starved: false,
-                tx_waits: false,
+                received: RxEnd::More,
+                sent: TxEnd::Empty,
                 hung_up: false,
                 watched: Interest::NONE,
             })
@@ -124,6 +142,7 @@ impl NetRunning {
                 .map(|queue| (control_index, queue)),
             features,
             spill: vec![0; MAX_BYTES].into(),
+            limits,
         };
         running.set_pairs(1)?;
         Ok(running)
@@ -177,7 +196,7 @@ impl NetRunning {
             return Ok(());
         };
         pair.receive(&self.mem, &mut self.spill)?;
-        if pair.tx_waits {
+        if pair.sent != TxEnd::Empty {
             pair.transmit(&self.mem, &mut self.spill)?;
         }
         pair.watch(&self.poll, index as u64);
@@ -197,7 +216,7 @@ impl Running for NetRunning {
             return Ok(());
         };
         if queue.is_multiple_of(2) {
-            if pair.rx_starved {
+            if pair.received == RxEnd::Starved {
                 pair.receive(&self.mem, &mut self.spill)?;
             }
         } else {
@@ -209,9 +228,15 @@ impl Running for NetRunning {
 
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         if self.pairs.len() == 1 {
+            self.limits.acknowledge();
             return self.serve_pair(0);
         }
-        for (index, _) in self.poll.ready().iter() {
+        let ready = self.poll.ready();
+        self.limits.acknowledge();
+        if ready.iter().any(|(token, _)| token == LIMIT) {
+            return (0..self.pairs.len()).try_for_each(|index| self.serve_pair(index));
+        }
+        for (index, _) in ready.iter() {
             self.serve_pair(usize::try_from(index).unwrap_or(usize::MAX))?;
         }
         Ok(())

@@ -7,6 +7,7 @@ use arch::iov::Parts;
 use arch::mem::SharedMem;
 
 use super::super::queue::{Chain, QueueBroken, VirtQueue};
+use super::super::rate::Limit;
 use super::header::{HEADER_BYTES, MAX_BYTES, NUM_BUFFERS_AT, net_feature};
 use super::link::Link;
 
@@ -24,6 +25,8 @@ pub(super) enum RxEnd {
     More,
     /// The driver offers no buffer.
     Starved,
+    /// The limit says when to go on.
+    Limited,
     /// The other side of the link is gone.
     HungUp,
 }
@@ -43,12 +46,14 @@ pub(super) struct Rx {
     direct: usize,
     singles: u8,
     used: Vec<(u16, u32)>,
+    limit: Limit,
 }
 
 impl Rx {
-    pub(super) fn new(queue: VirtQueue, features: u64) -> Self {
+    pub(super) fn new(queue: VirtQueue, features: u64, limit: Limit) -> Self {
         Self {
             queue,
+            limit,
             mergeable: features & net_feature::MRG_RXBUF != 0,
             checksums: features & net_feature::GUEST_CSUM != 0,
             big_frames: features & (net_feature::GUEST_TSO4 | net_feature::GUEST_TSO6) != 0,
@@ -89,11 +94,17 @@ impl Rx {
         let mut frames = 0_usize;
         // What the link holds in memory must not wait for another wake-up.
         while frames < budget || frames < BUDGET && link.held().incoming {
+            if !self.limit.admits() {
+                return Ok((RxEnd::Limited, frames));
+            }
             if !self.stage(mem)? {
                 return Ok((RxEnd::Starved, frames));
             }
             match self.receive(mem, link, spill)? {
-                Ok((bytes, direct)) => self.deliver(mem, bytes, direct, spill)?,
+                Ok((bytes, direct)) => {
+                    self.limit.take(bytes as u64);
+                    self.deliver(mem, bytes, direct, spill)?;
+                }
                 Err(RxEnd::More) => break,
                 Err(end) => return Ok((end, frames)),
             }

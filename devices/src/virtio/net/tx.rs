@@ -6,43 +6,68 @@ use arch::iov::{MAX_PARTS, Parts};
 use arch::mem::SharedMem;
 
 use super::super::queue::{Chain, QueueBroken, VirtQueue};
+use super::super::rate::Limit;
 use super::header::{HEADER_BYTES, MAX_BYTES, outgoing};
 use super::link::Link;
 
 /// Most frames per wake-up.
 const BUDGET: usize = 256;
 
+/// How a batch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TxEnd {
+    /// The guest offers no more.
+    Empty,
+    /// There is, or may be, more: to go on with when the link is writable.
+    More,
+    /// There is, or may be, more: to go on with when the limit admits it.
+    Limited,
+}
+
 /// The transmit side of a queue pair.
 #[derive(Debug)]
 pub(super) struct Tx {
     queue: VirtQueue,
     features: u64,
+    limit: Limit,
 }
 
 impl Tx {
-    pub(super) fn new(queue: VirtQueue, features: u64) -> Self {
-        Self { queue, features }
+    pub(super) fn new(queue: VirtQueue, features: u64, limit: Limit) -> Self {
+        Self {
+            queue,
+            features,
+            limit,
+        }
     }
 
-    /// Sends what the guest offers; true if there is more, to go on with when the link is writable.
+    /// Sends what the guest offers.
     pub(super) fn run(
         &mut self,
         mem: &SharedMem,
         link: &mut dyn Link,
         spill: &mut [u8],
-    ) -> Result<bool, QueueBroken> {
+    ) -> Result<TxEnd, QueueBroken> {
         self.queue.disable_kicks(mem)?;
-        let more = self.batch(mem, link, spill)?;
+        let end = self.batch(mem, link, spill)?;
         self.queue.notify(mem)?;
-        Ok(more)
+        Ok(end)
     }
 
-    fn batch(&mut self, mem: &SharedMem, link: &mut dyn Link, spill: &mut [u8]) -> Result<bool, QueueBroken> {
+    fn batch(
+        &mut self,
+        mem: &SharedMem,
+        link: &mut dyn Link,
+        spill: &mut [u8],
+    ) -> Result<TxEnd, QueueBroken> {
         for _ in 0..BUDGET {
+            if !self.limit.admits() {
+                return Ok(TxEnd::Limited);
+            }
             let chain = match self.queue.pop(mem)? {
                 Some(chain) => chain,
                 None if self.queue.enable_kicks(mem)? => continue,
-                None => return Ok(false),
+                None => return Ok(TxEnd::Empty),
             };
             if chain.readable_bytes() < HEADER_BYTES as u64 {
                 return Err(chain.bad_shape(self.queue.index()));
@@ -50,15 +75,15 @@ impl Tx {
             match send(&chain, self.features, mem, link, spill) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.queue.unpop();
-                    return Ok(true);
+                    return Ok(TxEnd::More);
                 }
                 // A frame that the host does not take is lost, as on a wire.
                 Err(e) => log::debug!("outgoing frame dropped: {e}"),
-                Ok(()) => {}
+                Ok(()) => self.limit.take(chain.readable_bytes()),
             }
             self.queue.push(mem, chain.head(), 0)?;
         }
-        Ok(true)
+        Ok(TxEnd::More)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod lies;
+mod limits;
 mod measure;
 mod model;
 mod requests;
