@@ -13,6 +13,8 @@ fn net(backend: Backend) -> Net {
         backend,
         mac: None,
         queues: None,
+        rx_limit: Default::default(),
+        tx_limit: Default::default(),
     }
 }
 

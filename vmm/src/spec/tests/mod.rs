@@ -101,6 +101,7 @@ fn disk(path: &Path, readonly: bool) -> Disk {
         path: path.into(),
         readonly,
         queues: None,
+        limit: Default::default(),
     }
 }
 
