@@ -122,6 +122,18 @@ def four_vcpus(host):
     assert ended.passed("smp")["smp"][1].startswith("online 0-3"), ended.tail()
 
 
+def what_the_host_does_not_allow_is_said(host):
+    """Refusals name what was asked for, what is allowed and what to do, before any instruction of the guest."""
+    for arguments, code, words in [
+        (["--td-attributes", "0x10000001"], 22, "DEBUG"),
+        (["--td-attributes", "0"], 22, "SEPT_VE_DISABLE"),
+        (["--cpus", "9"], 20, "--cpus 8"),
+    ]:
+        ended = host.guest(*arguments, run="smp", timeout=60)
+        assert ended.code == code and words in ended.stderr, (arguments, ended.code, ended.stderr)
+        assert "running" not in ended.event_names(), ended.event_names()
+
+
 def kvm_and_module_answer_as_the_model_says(host):
     """tdx/tests/live.rs: launches and refusals on KVM's real code; its answers equal the model's."""
     return host.run_tests("tdx", "live")
@@ -129,6 +141,7 @@ def kvm_and_module_answer_as_the_model_says(host):
 
 TESTS = [
     kvm_and_module_answer_as_the_model_says,
+    what_the_host_does_not_allow_is_said,
     a_stock_kernel_is_what_was_predicted,
     a_reboot_has_the_same_digest,
     two_vcpus,
