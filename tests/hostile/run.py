@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
 """The hostile guest: built, run under a VMM, and its verdicts as a table.
 
-Usage: tests/hostile/run.py [--only C01,C02] [--mode plain] [--ecam HEX] [--image bzimage|pvh] -- COMMAND...
+Usage: tests/hostile/run.py [--only C01,C02] [--mode plain] [--ecam HEX] [--image bzimage|pvh] [--name NAME] -- COMMAND...
+       tests/hostile/run.py --show
 COMMAND starts any VMM; in it {kernel} stands for the guest's file, {cmdline} for its command line and {console} for
 the file that must get the guest's serial port. A machine that dies is started again behind the case that ended it.
-Without a command, Debian's QEMU is put through the cases.
+Without a command, Debian's QEMU is put through the cases. Every whole run leaves a column in the target folder; --show
+prints all columns side by side. Exit code 1 says that a machine failed a case, 2 that the cases could not be run.
 """
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -30,9 +33,12 @@ STALLED_SECONDS = 60
 GOOD = {"Pass", "Reject", "Absent"}
 
 
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "hostile"
+
+
 def build(folder):
     """Builds the guest; gives its two files, `bzimage` and `pvh`."""
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "hostile"
+    target = TARGET
     flags = "-Crelocation-model=static -Cno-redzone=yes -Ctarget-cpu=x86-64"
     triple = "x86_64-unknown-linux-gnu"
     environment = {**os.environ, "RUSTFLAGS": flags, "CARGO_TARGET_DIR": str(target)}
@@ -84,6 +90,18 @@ def play(start, words, lives=40):
         assert found, f"the machine ended before the first case: {ended}\n{console[-500:]}"
         begin = max(found) + 1
     raise AssertionError(f"more than {lives} machines died")
+
+
+def save(name, results):
+    """Keeps a machine's column for --show."""
+    TARGET.mkdir(parents=True, exist_ok=True)
+    (TARGET / f"{name}.json").write_text(json.dumps([asdict(outcome) for outcome in results]))
+
+
+def saved():
+    """All columns, cvmm's first."""
+    files = sorted(TARGET.glob("*.json"), key=lambda path: (not path.stem.startswith("cvmm"), path.stem))
+    return {path.stem: [Outcome(**fields) for fields in json.loads(path.read_text())] for path in files}
 
 
 def table(columns):
@@ -170,14 +188,21 @@ def main():
     parser.add_argument("--mode", default="plain", choices=["plain", "soft", "snp"])
     parser.add_argument("--ecam", default="b0000000")
     parser.add_argument("--image", default="pvh", choices=["pvh", "bzimage"])
+    parser.add_argument("--name", default="QEMU")
+    parser.add_argument("--show", action="store_true")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args()
+    if options.show:
+        print(table(saved()))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         files = build(folder)
         words = f"mode={options.mode} ecam={options.ecam} ram=8000000" + (f" only={options.only}" if options.only else "")
         command = options.command or qemu(folder)
         results = play(local(command, files[options.image]), words)
-    print(table({"verdict": results}))
+    if not options.only:
+        save(options.name, results)
+    print(table({options.name: results}))
     bad = [outcome for outcome in results if outcome.verdict not in GOOD]
     for outcome in bad:
         print(f"{outcome.case} {outcome.device}: {outcome.verdict}: {outcome.why}")
@@ -185,4 +210,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (AssertionError, OSError, subprocess.CalledProcessError) as error:
+        print(f"hostile: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -47,6 +47,7 @@ def hostile_guest(host, only=""):
 
     _push(host)
     results = cases.play(start, f"mode={platform} ecam=e0000000 ram=8000000" + (f" only={only}" if only else ""))
+    cases.save(f"cvmm {platform}", results)
     print(cases.table({f"cvmm {platform}": results}), flush=True)
     bad = [f"{o.case} {o.device}: {o.verdict} {o.why}" for o in results if o.verdict not in cases.GOOD]
     assert not bad, "\n".join(bad)
