@@ -191,6 +191,8 @@ impl Guest {
         };
         let at = GuestAddress(request.gpa().0);
         let served = file.serve(request.pages(), |table| {
+            // A conversion of these pages by another vCPU waits, or is seen here.
+            let _batch = self.shared.batch();
             self.shared.write_slice(table, at).is_ok()
         });
         request.answer(served.answer);
@@ -224,5 +226,73 @@ impl Sealed for Guest {
             }),
             None => Err(error("handling an exit")(unknown)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use arch::addr::{Gpa, PageRange};
+    use arch::mem::map::HostRam;
+    use arch::mem::{Visibility, VisibilityMap, Watch};
+    use vm_memory::Permissions;
+
+    use super::*;
+    use crate::bytes::{le64, put};
+    use crate::certs::CertTable;
+
+    /// Tells whether a conversion that begins just before an access waits for it.
+    #[derive(Debug)]
+    struct Converts {
+        visible: Arc<VisibilityMap>,
+        waited: Mutex<Option<bool>>,
+    }
+
+    impl Watch for Converts {
+        fn before(&self, at: Gpa, _: u64, _: Permissions) {
+            let (done, drained) = channel();
+            let visible = Arc::clone(&self.visible);
+            std::thread::spawn(move || {
+                visible.drain(PageRange::new(at, 4096).unwrap(), Duration::ZERO);
+                let _ = done.send(());
+            });
+            let waits = drained.recv_timeout(Duration::from_millis(100)).is_err();
+            *self.waited.lock().unwrap() = Some(waits);
+        }
+    }
+
+    /// Else the table could be written to a page whose shared side was given back already.
+    #[test]
+    fn a_conversion_waits_for_the_certificate_table() {
+        let path = std::env::temp_dir().join(format!("cvmm-certificates-{}", std::process::id()));
+        std::fs::write(&path, CertTable::default().to_bytes()).unwrap();
+        let ram = [PageRange::new(Gpa(0), 1 << 20).unwrap()];
+        let visible = Arc::new(VisibilityMap::new(&ram, Visibility::Shared));
+        let watch = Arc::new(Converts {
+            visible: Arc::clone(&visible),
+            waited: Mutex::new(None),
+        });
+        let host = HostRam::allocate(&ram).unwrap();
+        let shared = SharedMem::new(Arc::clone(host.map()), visible).watched(Arc::<Converts>::clone(&watch));
+        let guest = Guest {
+            _sev: Arc::new(File::open("/dev/null").unwrap()),
+            certs: Some(CertFile::new(&path).unwrap()),
+            shared,
+            reasons: |_| None,
+        };
+        let mut body = [0; 256];
+        put(&mut body, 0, &0x7000_u64.to_ne_bytes());
+        put(&mut body, 8, &1_u64.to_ne_bytes());
+        let exit = PlatformExit {
+            vcpu: 0,
+            reason: 43,
+            body: &mut body,
+        };
+        assert!(matches!(guest.handle_exit(exit), Ok(PlatformFlow::Finish(_))));
+        assert_eq!(le64(&body, 16), Some(0));
+        assert_eq!(*watch.waited.lock().unwrap(), Some(true));
+        std::fs::remove_file(path).unwrap();
     }
 }

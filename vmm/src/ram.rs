@@ -127,13 +127,34 @@ impl GuestRam {
     /// # Errors
     /// See [`ConvertError`].
     pub fn convert(&self, range: PageRange, to: Visibility) -> Result<(), ConvertError> {
-        if !self.visible.covers(range) {
-            return Err(ConvertError::NotRam {
-                start: range.start().0,
-                bytes: range.bytes(),
-            });
-        }
+        self.in_ram(range)?;
         let _whole = self.converting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.move_to(range, to)
+    }
+
+    /// As [`convert`](Self::convert), for a guest that touched `range` as if it were on side `to` already. Does nothing if
+    /// another vCPU has converted it; waits for one that is about to.
+    ///
+    /// # Errors
+    /// See [`ConvertError`].
+    pub fn convert_touched(&self, range: PageRange, to: Visibility) -> Result<(), ConvertError> {
+        self.in_ram(range)?;
+        let _whole = self.converting.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = match to {
+            Visibility::Shared => self.visible.all_shared(range.start(), range.bytes()),
+            Visibility::Private => self.visible.all_private(range),
+        };
+        if there { Ok(()) } else { self.move_to(range, to) }
+    }
+
+    fn in_ram(&self, range: PageRange) -> Result<(), ConvertError> {
+        let (start, bytes) = (range.start().0, range.bytes());
+        let covered = self.visible.covers(range);
+        covered.then_some(()).ok_or(ConvertError::NotRam { start, bytes })
+    }
+
+    /// Call it with `converting` held.
+    fn move_to(&self, range: PageRange, to: Visibility) -> Result<(), ConvertError> {
         match to {
             Visibility::Private => {
                 let hidden = self.visible.hide(range);
@@ -152,12 +173,6 @@ impl GuestRam {
         }
         self.conversions.fetch_add(1, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// True if `range` is RAM and already on side `to`, so that another vCPU converted it a moment ago.
-    pub fn is_on_side(&self, range: PageRange, to: Visibility) -> bool {
-        let shared = self.visible.all_shared(range.start(), range.bytes());
-        self.visible.covers(range) && shared == (to == Visibility::Shared)
     }
 }
 
@@ -340,6 +355,41 @@ mod tests {
         assert!(calls.0.lock().unwrap().is_empty());
         drop(pin);
         ram.convert_request(0x1000, 1, Visibility::Private).unwrap();
+    }
+
+    #[test]
+    fn a_touch_converts_what_is_on_the_wrong_side_only_in_part() {
+        let (ram, calls) = guest_ram(1 << 20);
+        let pages = PageRange::new(Gpa(0x1000), 0x3000).unwrap();
+        ram.convert_request(0x2000, 1, Visibility::Private).unwrap();
+        for to in [Visibility::Private, Visibility::Shared, Visibility::Private] {
+            for times in [2, 0] {
+                calls.0.lock().unwrap().clear();
+                ram.convert_touched(pages, to).unwrap();
+                assert_eq!(calls.0.lock().unwrap().len(), times, "{to:?}");
+            }
+        }
+        assert_eq!(ram.gauges().shared_bytes, (1 << 20) - 0x3000);
+    }
+
+    /// Or it would be repeated again and again while the other vCPU waits for I/O, and count as one that never ends.
+    #[test]
+    fn a_touch_waits_for_a_conversion_that_has_begun() {
+        let (ram, calls) = guest_ram(1 << 20);
+        let page = PageRange::new(Gpa(0x1000), 0x1000).unwrap();
+        let pin = ram.shared().pin(Gpa(0x1000), 0x1000).unwrap();
+        std::thread::scope(|threads| {
+            threads.spawn(|| ram.convert(page, Visibility::Private).unwrap());
+            while ram.shared().all_shared(Gpa(0x1000), 1) {
+                std::thread::yield_now();
+            }
+            threads.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(pin);
+            });
+            ram.convert_touched(page, Visibility::Private).unwrap();
+            assert_eq!(*calls.0.lock().unwrap(), ["attribute Private", "discard Shared"]);
+        });
     }
 
     /// A refused conversion must not hand a page that was private before to the devices.

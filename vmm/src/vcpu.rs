@@ -237,10 +237,7 @@ fn wrong_side(
         return Err(VcpuError::StuckFault(range));
     }
     memory.last_fault = Some((range, count));
-    if to.ram.is_on_side(range, wants) {
-        return Ok(Flow::Resume);
-    }
-    match to.ram.convert(range, wants) {
+    match to.ram.convert_touched(range, wants) {
         Ok(()) | Err(ConvertError::Busy) => Ok(Flow::Resume),
         Err(e @ (ConvertError::NotRam { .. } | ConvertError::BadRange(_))) => Ok(Flow::Terminated(format!(
             "it used memory that it does not have: {e}"

@@ -123,6 +123,14 @@ impl VisibilityMap {
         })
     }
 
+    /// True if no frame of `range` is shared.
+    pub fn all_private(&self, range: PageRange) -> bool {
+        word_masks(range).all(|(index, mask)| {
+            let word = self.shared.get(index);
+            word.is_none_or(|word| word.load(Ordering::SeqCst) & mask == 0)
+        })
+    }
+
     /// Frames that are shared now.
     pub fn shared_frames(&self) -> u64 {
         self.shared

@@ -140,6 +140,9 @@ pub struct VirtQueue {
     indirect: bool,
     irq: Box<dyn QueueIrq>,
     in_flight: InFlight,
+    /// Available index as it was last read. Chains up to it are taken without another look, so that a guest which
+    /// moves it to and fro cannot keep a device looking that finds nothing.
+    available: u16,
     /// Used index at the last [`notify`](Self::notify).
     announced: u16,
 }
@@ -150,6 +153,7 @@ impl VirtQueue {
         queue.set_event_idx(features & feature::EVENT_IDX != 0);
         Self {
             index,
+            available: queue.next_avail(),
             announced: queue.next_used(),
             queue,
             indirect: features & feature::INDIRECT_DESC != 0,
@@ -203,17 +207,15 @@ impl VirtQueue {
 
     /// The entry of the available ring that is next. Not left to `virtio-queue`, which takes an entry that it
     /// cannot read for the end of the ring.
-    fn next_head(&self, mem: &SharedMem) -> Result<Option<u16>, Error> {
+    fn next_head(&mut self, mem: &SharedMem) -> Result<Option<u16>, Error> {
         let next = self.queue.next_avail();
-        let size = self.queue.size();
-        let waiting = self.queue.avail_idx(mem, Ordering::Acquire)?.0.wrapping_sub(next);
-        if waiting == 0 {
+        if self.available == next {
+            self.look(mem)?;
+        }
+        if self.available == next {
             return Ok(None);
         }
-        if waiting > size {
-            return Err(Error::InvalidAvailRingIndex);
-        }
-        let slot = u64::from(next.checked_rem(size).unwrap_or(0));
+        let slot = u64::from(next.checked_rem(self.queue.size()).unwrap_or(0));
         let at = slot.saturating_mul(2).saturating_add(4);
         let at = self.queue.avail_ring().checked_add(at);
         let head: u16 = mem
@@ -222,11 +224,22 @@ impl VirtQueue {
         Ok(Some(u16::from_le(head)))
     }
 
+    /// Reads the available index.
+    fn look(&mut self, mem: &SharedMem) -> Result<(), Error> {
+        let available = self.queue.avail_idx(mem, Ordering::Acquire)?.0;
+        if available.wrapping_sub(self.queue.next_avail()) > self.queue.size() {
+            return Err(Error::InvalidAvailRingIndex);
+        }
+        self.available = available;
+        Ok(())
+    }
+
     /// Forgets the last popped chain, so that the next pop finds it again. Only right after a pop.
     pub fn unpop(&mut self) {
         if let Some(head) = self.in_flight.last.take() {
             self.in_flight.remove(head);
             self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+            self.available = self.queue.next_avail();
         }
     }
 
@@ -235,7 +248,11 @@ impl VirtQueue {
     /// # Errors
     /// The rings are no longer in shared memory.
     pub fn enable_kicks(&mut self, mem: &SharedMem) -> Result<bool, QueueBroken> {
-        self.queue.enable_notification(mem).map_err(|e| self.broken(e))
+        let news = self.queue.enable_notification(mem).map_err(|e| self.broken(e))?;
+        if news {
+            self.look(mem).map_err(|e| self.broken(e))?;
+        }
+        Ok(self.available != self.queue.next_avail())
     }
 
     /// Tells the driver that kicks are not needed for now.

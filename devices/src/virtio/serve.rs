@@ -48,6 +48,13 @@ pub fn copy_fields(fields: &[u8], offset: u64, data: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::super::device::feature;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU16, Ordering};
+
+    use arch::addr::Gpa;
+    use arch::mem::Watch;
+    use vm_memory::{Bytes, GuestAddress, Permissions};
+
     use super::super::mock::{MockRing, memory};
     use super::*;
 
@@ -75,6 +82,41 @@ mod tests {
             assert_eq!((0..6).filter(|_| ring.take_used().is_some()).count(), 5);
             // Without a wish of the driver, or with the event at index 0, the first round announces.
             assert!(irq.take() >= 1);
+        }
+    }
+
+    /// Moves the available index to and fro between any two looks at it.
+    #[derive(Debug)]
+    struct Restless {
+        mem: SharedMem,
+        index: u64,
+        looks: AtomicU16,
+    }
+
+    impl Watch for Restless {
+        fn before(&self, at: Gpa, _: u64, access: Permissions) {
+            if at.0 == self.index && access == Permissions::Read {
+                let looks = self.looks.fetch_add(1, Ordering::SeqCst);
+                assert!(looks < 1000, "the device does not come to an end");
+                self.mem.write_obj(looks % 2, GuestAddress(self.index)).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_restless_index_keeps_no_round_going() {
+        for (features, first) in [(0, 0), (0, 1), (feature::EVENT_IDX, 0), (feature::EVENT_IDX, 1)] {
+            let (mem, _) = memory();
+            let ring = MockRing::new(&mem, 0x10_0000, 16);
+            ring.descriptor(0, 0x20_0000, 16, 0, 0);
+            let (mut queue, _) = ring.device_side(0, features);
+            let watch = Restless {
+                index: ring.avail() + 2,
+                mem: mem.clone(),
+                looks: first.into(),
+            };
+            // An index that went back behind what was taken breaks the queue, which is an end too.
+            let _ = serve(&mut queue, &mem.watched(Arc::new(watch)), 4, |_| Ok(0));
         }
     }
 

@@ -67,7 +67,7 @@ pub(super) struct Mux {
     table: Table<Entry>,
     lines: usize,
     /// Connections with something for the guest, in turn.
-    ready: VecDeque<Token>,
+    pub(super) ready: VecDeque<Token>,
     resets: VecDeque<Key>,
     /// In order: every limit is equally long.
     deadlines: VecDeque<(Instant, Awaited)>,
@@ -260,10 +260,15 @@ impl Mux {
     fn remove(&mut self, token: Token) {
         match self.table.remove(token) {
             Some(Entry::Line(_)) => self.lines = self.lines.saturating_sub(1),
-            Some(Entry::Conn(conn)) if self.table.find(conn.key) == Some(token) => {
-                self.table.release(conn.key);
+            Some(Entry::Conn(conn)) => {
+                if conn.queued {
+                    self.ready.retain(|waiting| *waiting != token);
+                }
+                if self.table.find(conn.key) == Some(token) {
+                    self.table.release(conn.key);
+                }
             }
-            Some(Entry::Conn(_)) | None => {}
+            None => {}
         }
     }
 
@@ -458,16 +463,11 @@ impl Mux {
 
     /// Bytes that are kept for host processes.
     pub(super) fn held(&mut self) -> usize {
-        self.table
-            .entries()
-            .map(|entry| {
-                if let Entry::Conn(conn) = entry {
-                    conn.held()
-                } else {
-                    0
-                }
-            })
-            .sum()
+        let held = |entry: &Entry| match entry {
+            Entry::Conn(conn) => conn.held(),
+            Entry::Line(_) => 0,
+        };
+        self.table.entries().map(held).sum()
     }
 }
 

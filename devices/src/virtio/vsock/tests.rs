@@ -556,6 +556,22 @@ fn a_storm_is_answered_within_limits() {
     assert_eq!(guest.ops().0, [op::RST]);
 }
 
+/// A guest without receive buffers that opens and drops connections must not make the queue of turns grow.
+#[test]
+fn connections_that_are_gone_wait_for_no_turn() {
+    let mut guest = guest();
+    let (listener, path) = guest.service(7);
+    for _ in 0..100 {
+        guest.send(Key { host: 7, guest: 1 }, op::REQUEST, 0, &[]);
+        drop(listener.accept().unwrap());
+        guest.send(Key { host: 7, guest: 1 }, op::RST, 0, &[]);
+        guest.settle();
+    }
+    let mux = &guest.running.as_ref().unwrap().mux;
+    assert_eq!((mux.len(), mux.ready.len()), (0, 0));
+    std::fs::remove_file(path).unwrap();
+}
+
 #[test]
 fn connections_beyond_the_limit_are_refused_and_come_back_with_room() {
     let files = rustix::process::Resource::Nofile;
