@@ -1,6 +1,7 @@
 //! TDX behind the traits that the machine knows.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::addr::{Gpa, PAGE_SIZE, PageRange};
@@ -104,8 +105,12 @@ impl Platform for Tdx {
             quotes: self.quotes.clone(),
         };
         let vm = on.vm;
+        // The guest decides how often, so it is said once.
+        let told = AtomicBool::new(false);
         let interrupt = move |vcpu, vector| {
-            if let Err(e) = vm.signal(MsiMessage::to_vcpu(vcpu, vector)) {
+            if let Err(e) = vm.signal(MsiMessage::to_vcpu(vcpu, vector))
+                && !told.swap(true, Ordering::Relaxed)
+            {
                 log::warn!("the guest is not told that its quote is there: {e}");
             }
         };

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Home;
 use super::request::{Data, HEADER_BYTES, ID_BYTES, Limits, Range, Request, Status};
+use crate::ratelimit::LogGate;
 use crate::virtio::device::Running;
 use crate::virtio::queue::{Chain, ChainIo, QueueBroken, VirtQueue};
 use crate::virtio::rate::Limit;
@@ -19,6 +20,9 @@ use crate::virtio::rate::Limit;
 const BYTES_PER_CALL: u64 = 16 << 20;
 /// How long a reset waits for the host's disk.
 const RESET_LIMIT: Duration = Duration::from_secs(10);
+
+/// A guest may begin a driver's life as often as it likes.
+static GATE: LogGate = LogGate::new(1);
 
 /// What all queues of a running disk share.
 #[derive(Debug)]
@@ -258,7 +262,9 @@ impl Lane {
     /// Logs the first host error of a driver's life; the guest gets every one.
     fn complain(&mut self, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
-            log::warn!("the host's disk failed, and the guest is told so: {error}");
+            GATE.warn(format_args!(
+                "the host's disk failed, and the guest is told so: {error}"
+            ));
         }
     }
 

@@ -10,6 +10,7 @@ use super::super::queue::{Chain, QueueBroken, VirtQueue};
 use super::super::rate::Limit;
 use super::header::{HEADER_BYTES, MAX_BYTES, NUM_BUFFERS_AT, net_feature};
 use super::link::Link;
+use crate::ratelimit::LogGate;
 
 /// Most frames per wake-up.
 const BUDGET: usize = 64;
@@ -17,6 +18,9 @@ const BUDGET: usize = 64;
 const SINGLES: u8 = 8;
 /// Smallest part of a frame that is read straight into guest memory.
 const DIRECT_MIN: usize = 2048;
+
+/// A link that is dead fails anew for each driver.
+static GATE: LogGate = LogGate::new(1);
 
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +180,7 @@ impl Rx {
             Ok(bytes) => Ok((bytes, direct)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(RxEnd::More),
             Err(e) => {
-                log::warn!("network link fails, it stays down: {e}");
+                GATE.warn(format_args!("network link fails, it stays down: {e}"));
                 Err(RxEnd::HungUp)
             }
         })
