@@ -227,16 +227,20 @@ impl Vm {
         if unchanged {
             return Ok(());
         }
+        // What the kernel refuses must not stay, or it would refuse every table from then on.
+        let mut wanted = routes.clone();
         match message {
-            Some(message) => routes.insert(gsi, message),
-            None => routes.remove(&gsi),
+            Some(message) => wanted.insert(gsi, message),
+            None => wanted.remove(&gsi),
         };
-        let entries: Vec<_> = routes
+        let entries: Vec<_> = wanted
             .iter()
             .map(|(gsi, message)| routing_entry(*gsi, *message))
             .collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
-        Ok(self.fd.set_gsi_routing(&table)?)
+        self.fd.set_gsi_routing(&table)?;
+        *routes = wanted;
+        Ok(())
     }
 
     /// Sends `message` at once, as a device without an interrupt line would (`KVM_SIGNAL_MSI`).
