@@ -648,5 +648,5 @@ fn a_run_announces_the_digest_that_was_predicted() {
     };
     assert_eq!(event["digest"], predicted.trim());
     assert_eq!(event["protected"], false);
-    assert_eq!(seen, ["\"started\"", "\"measured\""]);
+    assert_eq!(seen, ["\"started\"", "\"sandbox\"", "\"measured\""]);
 }
