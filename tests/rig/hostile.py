@@ -115,4 +115,29 @@ def a_hundred_reboots(host):
     return f"{lives} lives, " + _bounded([log])
 
 
+SOAK_SECONDS = int(os.environ.get("SOAK_SECONDS", "600"))
+SERVERS = """
+again() { while kill -0 $PID 2>/dev/null; do ./tool serve $1 >>serve.log 2>&1 || sleep 0.2; done; }
+again tcp:10.9.0.1:7000 & again unix:/root/v_5000 &
+while kill -0 $PID 2>/dev/null; do HELD; sleep 5; done
+"""
+
+
+def soak(host):
+    """Disk, network and vsock transfers with checksums all at once, and from every processor of an SNP guest reports, for
+    each of which its kernel converts memory; nothing that cvmm holds grows. SOAK_SECONDS is 600 unless set."""
+    sizes = f"cvmm.disk_mib=16 cvmm.net_mib=8 cvmm.vsock_mib=8 cvmm.soak_seconds={SOAK_SECONDS}"
+    ended = host.guest(
+        "--cpus", "4", "--disk", "/root/disk", "--rng", run="soak", cmdline=f"cvmm.ip=10.9.0.2/24 cvmm.peer=10.9.0.1:7000 {sizes}",
+        timeout=SOAK_SECONDS * 2 + 300, net=True, VSOCK=8, extra=SERVERS.replace("HELD", HELD.replace("\\\n", "")),
+    )  # fmt: skip
+    rounds = ended.passed("soak")["soak"][1]
+    held = [tuple(map(int, m)) for m in re.findall(r"held (\d+) (\d+) (\d+)", ended.extra)]
+    settled, last = held[len(held) // 4], held[-1]
+    assert last[0] <= settled[0] + DESCRIPTOR_GROWTH and last[2] <= settled[2] + RSS_GROWTH_KIB, (settled, last)
+    return f"{rounds}; after a quarter {settled}, at the end {last} (descriptors, threads, KiB resident)"
+
+
 TESTS = [hostile_guest, a_hundred_reboots]
+# Only by name: it takes ten minutes.
+LONG = [soak]

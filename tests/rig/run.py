@@ -22,6 +22,8 @@ from host import Host, L1Hung  # noqa: E402
 SUITES = [
     ("plain", [*soft.TESTS, *hostile.TESTS]), ("snp", [*snp.TESTS, *hostile.TESTS]), ("tdx", tdx.TESTS),
 ]
+# Too long for every run: only by name.
+LONG = [("plain", hostile.LONG), ("snp", hostile.LONG)]
 
 
 def run_one(name, test, host):
@@ -53,7 +55,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the L1s up")
     parser.add_argument("names", nargs="*", metavar="NAME")
     options = parser.parse_args()
-    known = {f"{kind}:{test.__name__}" for kind, tests in SUITES for test in tests}
+    known = {f"{kind}:{test.__name__}" for kind, tests in [*SUITES, *LONG] for test in tests}
     if options.list:
         print("\n".join(sorted(known)))
         return 0
@@ -62,7 +64,8 @@ def main():
         parser.error(f"no such test: {', '.join(sorted(unknown))}; --list names them all")
     passed, failed = 0, []
     for kind, tests in SUITES:
-        wanted = [t for t in tests if not options.names or f"{kind}:{t.__name__}" in options.names]
+        named = [*tests, *(test for other, more in LONG if other == kind for test in more)]
+        wanted = [t for t in named if f"{kind}:{t.__name__}" in options.names] if options.names else tests
         if not wanted:
             continue
         host = Host(kind, keep=options.keep)
