@@ -84,6 +84,21 @@ pub struct PlatformError {
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
 
+impl PlatformError {
+    /// Names the platform and the step that an error belongs to, for `map_err`.
+    pub fn at<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        platform: &'static str,
+        step: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self {
+        let step = step.into();
+        move |source| Self {
+            platform,
+            step,
+            source: source.into(),
+        }
+    }
+}
+
 /// The empty machine that a platform begins to launch: a VM with its memory slots, no vCPU yet.
 #[derive(Clone, Debug)]
 pub struct Foundation {

@@ -207,19 +207,8 @@ pub fn accept(corrections: &[Correction], table: &mut CpuidTable) {
 mod tests {
     use super::*;
 
-    fn entry(leaf: u32, subleaf: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry {
-        CpuidEntry {
-            leaf,
-            subleaf,
-            eax,
-            ebx,
-            ecx,
-            edx,
-        }
-    }
-
     fn all_ones(leaf: u32, subleaf: Option<u32>) -> CpuidEntry {
-        entry(leaf, subleaf, [u32::MAX; 4])
+        CpuidEntry::new(leaf, subleaf, [u32::MAX; 4])
     }
 
     #[test]
@@ -243,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_host_without_the_leaf_still_makes_an_snp_guest() {
-        let mut table = CpuidTable(vec![entry(EXTENDED_MAX, None, [0x8000_0008, 0, 0, 0])]);
+        let mut table = CpuidTable(vec![CpuidEntry::new(EXTENDED_MAX, None, [0x8000_0008, 0, 0, 0])]);
         sanitise(&mut table);
         assert_eq!(table.get(EXTENDED_MAX, 0).unwrap().eax, MEMORY_ENCRYPTION);
         assert_eq!(table.get(MEMORY_ENCRYPTION, 0).unwrap().ebx, 51 | 1 << 6);
@@ -252,11 +241,11 @@ mod tests {
     #[test]
     fn the_page_holds_what_a_guest_may_believe() {
         let table = CpuidTable(vec![
-            entry(0, None, [0x10, 1, 2, 3]),
-            entry(0x4000_0000, None, [1; 4]),
-            entry(2, None, [0; 4]),
-            entry(0xd, Some(0), [7, 0x340, 0x340, 0]),
-            entry(0xd, Some(2), [0x100, 0x240, 0, 0]),
+            CpuidEntry::new(0, None, [0x10, 1, 2, 3]),
+            CpuidEntry::new(0x4000_0000, None, [1; 4]),
+            CpuidEntry::new(2, None, [0; 4]),
+            CpuidEntry::new(0xd, Some(0), [7, 0x340, 0x340, 0]),
+            CpuidEntry::new(0xd, Some(2), [0x100, 0x240, 0, 0]),
         ]);
         let page = build(&table).unwrap();
         assert_eq!((page.len(), le32(&page, 0)), (PAGE, Some(4)));
@@ -282,7 +271,7 @@ mod tests {
 
     #[test]
     fn corrections_are_named_and_can_be_accepted() {
-        let mut table = CpuidTable(vec![all_ones(1, None), entry(7, Some(0), [1, 6, 0, 8])]);
+        let mut table = CpuidTable(vec![all_ones(1, None), CpuidEntry::new(7, Some(0), [1, 6, 0, 8])]);
         let sent = build(&table).unwrap();
         let mut back = sent.clone();
         put(&mut back, HEADER + ENTRY + 28, &4u32.to_le_bytes());

@@ -195,58 +195,50 @@ pub fn needed() -> CpuidTable {
 mod tests {
     use super::*;
 
-    fn entry(leaf: u32, subleaf: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry {
-        CpuidEntry {
-            leaf,
-            subleaf,
-            eax,
-            ebx,
-            ecx,
-            edx,
-        }
-    }
-
     #[test]
     fn what_no_td_may_see_is_taken_out() {
         let mut table = CpuidTable(vec![
-            entry(7, Some(0), [1, u32::MAX, u32::MAX, 0]),
-            entry(7, Some(1), [0, 0x810, 0x20, 0]),
-            entry(0xb, Some(0), [0, 1, 0x100, 0]),
-            entry(0xb, Some(1), [2, 4, 0x201, 0]),
-            entry(0x1f, Some(0), [9; 4]),
-            entry(0x4000_0001, None, [0x0100_7efb, 0, 0, 3]),
-            entry(0x8000_0008, None, [0x0030_3934, 0, 0, 0]),
+            CpuidEntry::new(7, Some(0), [1, u32::MAX, u32::MAX, 0]),
+            CpuidEntry::new(7, Some(1), [0, 0x810, 0x20, 0]),
+            CpuidEntry::new(0xb, Some(0), [0, 1, 0x100, 0]),
+            CpuidEntry::new(0xb, Some(1), [2, 4, 0x201, 0]),
+            CpuidEntry::new(0x1f, Some(0), [9; 4]),
+            CpuidEntry::new(0x4000_0001, None, [0x0100_7efb, 0, 0, 3]),
+            CpuidEntry::new(0x8000_0008, None, [0x0030_3934, 0, 0, 0]),
         ]);
         adapt(&mut table);
         let get = |leaf, subleaf| *table.get(leaf, subleaf).unwrap();
         assert_eq!((get(7, 0).ebx, get(7, 0).ecx), (!0x810, !0x20));
-        assert_eq!(get(7, 1), entry(7, Some(1), [0, 0x810, 0x20, 0]));
-        assert_eq!(get(0x4000_0001, 0), entry(0x4000_0001, None, [0x1002, 0, 0, 0]));
+        assert_eq!(get(7, 1), CpuidEntry::new(7, Some(1), [0, 0x810, 0x20, 0]));
+        assert_eq!(
+            get(0x4000_0001, 0),
+            CpuidEntry::new(0x4000_0001, None, [0x1002, 0, 0, 0])
+        );
         assert_eq!(get(0x8000_0008, 0).eax, 0x0030_3934);
-        assert_eq!(get(0x1f, 1), entry(0x1f, Some(1), [2, 4, 0x201, 0]));
+        assert_eq!(get(0x1f, 1), CpuidEntry::new(0x1f, Some(1), [2, 4, 0x201, 0]));
         assert_eq!(table.0.iter().filter(|e| e.leaf == 0x1f).count(), 2);
     }
 
     #[test]
     fn init_vm_gets_configurable_leaves_and_bits_and_nothing_else() {
         let configurable = CpuidTable(vec![
-            entry(1, Some(0), [0x0fff_3fff, 0x00ff_0000, 1 << 24, 1 << 28]),
-            entry(7, Some(1), [0x10, 0, 0, 0]),
-            entry(0x1f, Some(2), [0x1f, 0xffff, 0xff00, 0]),
-            entry(0x8000_0008, Some(0), [0x00ff_0000, 0x200, 0, 0]),
+            CpuidEntry::new(1, Some(0), [0x0fff_3fff, 0x00ff_0000, 1 << 24, 1 << 28]),
+            CpuidEntry::new(7, Some(1), [0x10, 0, 0, 0]),
+            CpuidEntry::new(0x1f, Some(2), [0x1f, 0xffff, 0xff00, 0]),
+            CpuidEntry::new(0x8000_0008, Some(0), [0x00ff_0000, 0x200, 0, 0]),
         ]);
         let table = CpuidTable(vec![
-            entry(1, None, [u32::MAX; 4]),
-            entry(7, Some(0), [u32::MAX; 4]),
-            entry(7, Some(1), [0x30, 1, 1, 1]),
-            entry(0xd, Some(0), [7, 0, 0, 0]),
-            entry(0x8000_0008, None, [0x0034_3034, 0x2ff, 5, 0]),
+            CpuidEntry::new(1, None, [u32::MAX; 4]),
+            CpuidEntry::new(7, Some(0), [u32::MAX; 4]),
+            CpuidEntry::new(7, Some(1), [0x30, 1, 1, 1]),
+            CpuidEntry::new(0xd, Some(0), [7, 0, 0, 0]),
+            CpuidEntry::new(0x8000_0008, None, [0x0034_3034, 0x2ff, 5, 0]),
         ]);
         let expected = CpuidTable(vec![
-            entry(1, Some(0), [0x0fff_3fff, 0x00ff_0000, 1 << 24, 1 << 28]),
-            entry(7, Some(1), [0x10, 0, 0, 0]),
-            entry(0x1f, Some(2), [0; 4]),
-            entry(0x8000_0008, Some(0), [0x0030_0000, 0x200, 0, 0]),
+            CpuidEntry::new(1, Some(0), [0x0fff_3fff, 0x00ff_0000, 1 << 24, 1 << 28]),
+            CpuidEntry::new(7, Some(1), [0x10, 0, 0, 0]),
+            CpuidEntry::new(0x1f, Some(2), [0; 4]),
+            CpuidEntry::new(0x8000_0008, Some(0), [0x0030_0000, 0x200, 0, 0]),
         ]);
         assert_eq!(configure(&configurable, &table), expected);
     }
@@ -254,19 +246,19 @@ mod tests {
     #[test]
     fn kvm_is_told_what_the_td_sees_and_its_own_leaves() {
         let effective = CpuidTable(vec![
-            entry(1, None, [1, 2, 4, 8]),
-            entry(0x8000_0008, None, [0x0030_3034, 0, 0, 0]),
+            CpuidEntry::new(1, None, [1, 2, 4, 8]),
+            CpuidEntry::new(0x8000_0008, None, [0x0030_3034, 0, 0, 0]),
         ]);
         let host = CpuidTable(vec![
-            entry(1, None, [u32::MAX; 4]),
-            entry(0x4000_0000, None, [0x4000_0001, 1, 2, 3]),
-            entry(0x4000_0001, None, [0x1002, 0, 0, 0]),
+            CpuidEntry::new(1, None, [u32::MAX; 4]),
+            CpuidEntry::new(0x4000_0000, None, [0x4000_0001, 1, 2, 3]),
+            CpuidEntry::new(0x4000_0001, None, [0x1002, 0, 0, 0]),
         ]);
         let expected = CpuidTable(vec![
-            entry(1, None, [1, 2, 4 | 1 << 21, 8]),
-            entry(0x8000_0008, None, [0x0030_3034, 0, 0, 0]),
-            entry(0x4000_0000, None, [0x4000_0001, 1, 2, 3]),
-            entry(0x4000_0001, None, [0x1002, 0, 0, 0]),
+            CpuidEntry::new(1, None, [1, 2, 4 | 1 << 21, 8]),
+            CpuidEntry::new(0x8000_0008, None, [0x0030_3034, 0, 0, 0]),
+            CpuidEntry::new(0x4000_0000, None, [0x4000_0001, 1, 2, 3]),
+            CpuidEntry::new(0x4000_0001, None, [0x1002, 0, 0, 0]),
         ]);
         assert_eq!(reconcile(&effective, &host), expected);
         assert_eq!((gpaw(&effective), gpaw(&CpuidTable::default())), (48, 0));
@@ -274,13 +266,13 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_bit_by_bit() {
-        let shown = CpuidTable(vec![entry(0x8000_0001, None, [0, 0, 0, 1 << 29])]);
+        let shown = CpuidTable(vec![CpuidEntry::new(0x8000_0001, None, [0, 0, 0, 1 << 29])]);
         let conflicts = differences(&needed(), &shown);
         assert_eq!(
             Conflict::list(&conflicts),
             "leaf 0x80000001 EDX lacks 0x04100000 (no-execute pages, 1 GiB pages)"
         );
-        let wanted = CpuidTable(vec![entry(7, Some(1), [0x10, 0, 2, 0])]);
+        let wanted = CpuidTable(vec![CpuidEntry::new(7, Some(1), [0x10, 0, 2, 0])]);
         assert_eq!(
             Conflict::list(&differences(&wanted, &shown)),
             "leaf 0x7.1 EAX lacks 0x00000010; leaf 0x7.1 ECX lacks 0x00000002"

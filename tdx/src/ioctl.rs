@@ -145,14 +145,8 @@ fn read_entry(words: &[u64]) -> Option<CpuidEntry> {
     let [a, b, c, d, _] = words.first_chunk::<ENTRY>()?;
     let ((leaf, index), (flags, eax)) = (split(*a), split(*b));
     let ((ebx, ecx), (edx, _)) = (split(*c), split(*d));
-    Some(CpuidEntry {
-        leaf,
-        subleaf: (flags & SUBLEAF != 0).then_some(index),
-        eax,
-        ebx,
-        ecx,
-        edx,
-    })
+    let subleaf = (flags & SUBLEAF != 0).then_some(index);
+    Some(CpuidEntry::new(leaf, subleaf, [eax, ebx, ecx, edx]))
 }
 
 fn write_entry(entry: &CpuidEntry) -> [u64; ENTRY] {
@@ -253,14 +247,7 @@ mod tests {
 
     #[test]
     fn init_vm_has_the_kernels_layout() {
-        let entry = CpuidEntry {
-            leaf: 0x8000_0008,
-            subleaf: None,
-            eax: 48 << 16,
-            ebx: 1,
-            ecx: 2,
-            edx: 3,
-        };
+        let entry = CpuidEntry::new(0x8000_0008, None, [48 << 16, 1, 2, 3]);
         let init = InitVm {
             attributes: 1 << 28,
             xfam: 0x207,

@@ -66,12 +66,7 @@ impl Tdx {
 fn error<E: std::error::Error + Send + Sync + 'static>(
     step: impl Into<String>,
 ) -> impl FnOnce(E) -> PlatformError {
-    let step = step.into();
-    move |source| PlatformError {
-        platform: NAME,
-        step,
-        source: Box::new(source),
-    }
+    PlatformError::at(NAME, step)
 }
 
 impl Platform for Tdx {

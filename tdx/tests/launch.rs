@@ -133,23 +133,15 @@ impl TdxCommands for Recorder {
 
 /// What the host offers; the module decides most of it.
 fn offered(cpus: u32) -> CpuidTable {
-    let entry = |leaf, subleaf, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry {
-        leaf,
-        subleaf,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    };
     let mut table = CpuidTable(vec![
-        entry(1, None, [0x000c_06f2, cpus << 16, 0x8120_2000, 0x1f8b_fbff]),
-        entry(7, Some(0), [2, 0x0184_2852, 0x1a01_0124, 0x2001_0010]),
-        entry(0xb, Some(0), [0, 1, 0x100, 0]),
-        entry(0xb, Some(1), [2, cpus, 0x201, 0]),
-        entry(0xd, Some(0), [7, 0x340, 0x340, 0]),
-        entry(0x4000_0000, None, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
-        entry(0x4000_0001, None, [0x0100_7efb, 0, 0, 0]),
-        entry(0x8000_0008, None, [0x0030_3930, 0x200, 0, 0]),
+        CpuidEntry::new(1, None, [0x000c_06f2, cpus << 16, 0x8120_2000, 0x1f8b_fbff]),
+        CpuidEntry::new(7, Some(0), [2, 0x0184_2852, 0x1a01_0124, 0x2001_0010]),
+        CpuidEntry::new(0xb, Some(0), [0, 1, 0x100, 0]),
+        CpuidEntry::new(0xb, Some(1), [2, cpus, 0x201, 0]),
+        CpuidEntry::new(0xd, Some(0), [7, 0x340, 0x340, 0]),
+        CpuidEntry::new(0x4000_0000, None, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+        CpuidEntry::new(0x4000_0001, None, [0x0100_7efb, 0, 0, 0]),
+        CpuidEntry::new(0x8000_0008, None, [0x0030_3930, 0x200, 0, 0]),
     ]);
     cpuid::adapt(&mut table);
     table

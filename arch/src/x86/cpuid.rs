@@ -14,6 +14,20 @@ pub struct CpuidEntry {
     pub edx: u32,
 }
 
+impl CpuidEntry {
+    /// An answer with its registers in the order EAX, EBX, ECX, EDX.
+    pub const fn new(leaf: u32, subleaf: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+        Self {
+            leaf,
+            subleaf,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        }
+    }
+}
+
 /// All answers for one vCPU.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct CpuidTable(pub Vec<CpuidEntry>);

@@ -48,42 +48,30 @@ pub struct Module {
     mrtd: Option<[u8; 48]>,
 }
 
-fn row(leaf: u32, subleaf: Option<u32>, registers: [u32; 4]) -> CpuidEntry {
-    let [eax, ebx, ecx, edx] = registers;
-    CpuidEntry {
-        leaf,
-        subleaf,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    }
-}
-
 impl Default for Module {
     fn default() -> Self {
         // Leaves, subleaves and masks of the kind that a module 1.5 states.
         let configurable = CpuidTable(vec![
-            row(0x1, None, [0x0fff_3fff, 0x00ff_0000, 0x0100_0000, 0x1000_0000]),
-            row(0x4, Some(0), [0xffff_c3ff, u32::MAX, u32::MAX, 7]),
-            row(0x7, Some(0), [0, 0x0004_0810, 0x0000_0020, 0x0000_0010]),
-            row(0x1f, Some(0), [0x1f, 0xffff, 0xff00, 0]),
-            row(0x1f, Some(1), [0x1f, 0xffff, 0xff00, 0]),
-            row(0x8000_0008, None, [0, 0x200, 0, 0]),
+            CpuidEntry::new(0x1, None, [0x0fff_3fff, 0x00ff_0000, 0x0100_0000, 0x1000_0000]),
+            CpuidEntry::new(0x4, Some(0), [0xffff_c3ff, u32::MAX, u32::MAX, 7]),
+            CpuidEntry::new(0x7, Some(0), [0, 0x0004_0810, 0x0000_0020, 0x0000_0010]),
+            CpuidEntry::new(0x1f, Some(0), [0x1f, 0xffff, 0xff00, 0]),
+            CpuidEntry::new(0x1f, Some(1), [0x1f, 0xffff, 0xff00, 0]),
+            CpuidEntry::new(0x8000_0008, None, [0, 0x200, 0, 0]),
         ]);
         let native = CpuidTable(vec![
-            row(0, None, [0x21, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
-            row(0x1, None, [0, 0x800, 0x8020_3203, 0x0f8b_fbff]),
-            row(0x4, Some(0), [0x121, 0, 0, 0]),
-            row(0x7, Some(0), [0, 0x219c_0529, 0, 0]),
-            row(0xb, Some(0), [0, 1, 0x100, 0]),
-            row(0xd, Some(0), [7, 0x340, 0x340, 0]),
-            row(0x1f, Some(0), [0, 0, 0x100, 0]),
-            row(0x1f, Some(1), [0, 0, 0x201, 0]),
-            row(0x21, Some(0), [0, 0x6574_6e49, 0x2020_2020, 0x5844_546c]),
-            row(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
-            row(0x8000_0001, None, [0, 0, 0x121, 0x2c10_0800]),
-            row(0x8000_0008, None, [0x3934, 0, 0, 0]),
+            CpuidEntry::new(0, None, [0x21, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
+            CpuidEntry::new(0x1, None, [0, 0x800, 0x8020_3203, 0x0f8b_fbff]),
+            CpuidEntry::new(0x4, Some(0), [0x121, 0, 0, 0]),
+            CpuidEntry::new(0x7, Some(0), [0, 0x219c_0529, 0, 0]),
+            CpuidEntry::new(0xb, Some(0), [0, 1, 0x100, 0]),
+            CpuidEntry::new(0xd, Some(0), [7, 0x340, 0x340, 0]),
+            CpuidEntry::new(0x1f, Some(0), [0, 0, 0x100, 0]),
+            CpuidEntry::new(0x1f, Some(1), [0, 0, 0x201, 0]),
+            CpuidEntry::new(0x21, Some(0), [0, 0x6574_6e49, 0x2020_2020, 0x5844_546c]),
+            CpuidEntry::new(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
+            CpuidEntry::new(0x8000_0001, None, [0, 0, 0x121, 0x2c10_0800]),
+            CpuidEntry::new(0x8000_0008, None, [0x3934, 0, 0, 0]),
         ]);
         Self {
             attributes: SEPT_VE_DISABLE,

@@ -58,14 +58,7 @@ pub(crate) fn read_table(call: &Call<'_>, at: u64) -> Result<CpuidTable, i32> {
     let entry = |bytes: &[u8]| {
         let [leaf, index, flags, eax, ebx, ecx, edx] = words(bytes);
         let subleaf = (flags & SUBLEAF != 0).then_some(index);
-        CpuidEntry {
-            leaf,
-            subleaf,
-            eax,
-            ebx,
-            ecx,
-            edx,
-        }
+        CpuidEntry::new(leaf, subleaf, [eax, ebx, ecx, edx])
     };
     Ok(CpuidTable(bytes.chunks_exact(ENTRY).map(entry).collect()))
 }

@@ -8,6 +8,7 @@ use arch::x86::cpuid::CpuidTable;
 use arch::x86::regs::BootState;
 use vm_memory::{Bytes, GuestAddress};
 
+const NAME: &str = "soft";
 /// `KVM_X86_DEFAULT_VM`.
 const DEFAULT_VM: u64 = 0;
 
@@ -21,7 +22,7 @@ pub(super) struct Soft;
 
 impl Platform for Soft {
     fn name(&self) -> &'static str {
-        "soft"
+        NAME
     }
 
     fn vm_type(&self) -> u64 {
@@ -43,14 +44,6 @@ impl Platform for Soft {
 
 struct SoftLaunch(Foundation);
 
-fn failed(step: String, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> PlatformError {
-    PlatformError {
-        platform: "soft",
-        step,
-        source: source.into(),
-    }
-}
-
 impl Launch for SoftLaunch {
     fn add_page(&mut self, page: &mut LaunchPage) -> Result<(), PlatformError> {
         let Gpa(at) = page.range.start();
@@ -58,13 +51,16 @@ impl Launch for SoftLaunch {
             .ram
             .map()
             .write_slice(&page.bytes, GuestAddress(at))
-            .map_err(|e| failed(format!("placing {} at {at:#x}", page.name), e))
+            .map_err(PlatformError::at(
+                NAME,
+                format!("placing {} at {at:#x}", page.name),
+            ))
     }
 
     fn add_vcpu(&mut self, vcpu: &mut Vcpu, state: &BootState) -> Result<(), PlatformError> {
         // An application processor waits for INIT, which keeps the MSRs that this sets.
-        vcpu.set_state(state)
-            .map_err(|e| failed(format!("setting the registers of vCPU {}", vcpu.index()), e))
+        let step = format!("setting the registers of vCPU {}", vcpu.index());
+        vcpu.set_state(state).map_err(PlatformError::at(NAME, step))
     }
 
     fn seal(self: Box<Self>) -> Result<Box<dyn Sealed>, PlatformError> {
@@ -77,10 +73,8 @@ struct SoftSealed;
 
 impl Sealed for SoftSealed {
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
-        Err(failed(
-            format!("serving exit {}", exit.reason),
-            "an ordinary VM has no such exit",
-        ))
+        let failed = PlatformError::at(NAME, format!("serving exit {}", exit.reason));
+        Err(failed("an ordinary VM has no such exit"))
     }
 }
 
