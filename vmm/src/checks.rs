@@ -1,8 +1,12 @@
 //! What came of the checks of a piece of evidence, a report or a quote: a line for each.
 
 use std::fmt;
+use std::io;
 
 use serde::Serialize;
+
+use crate::ending::ExitClass;
+use crate::measure::say;
 
 /// One check.
 #[derive(Serialize, Debug)]
@@ -34,6 +38,28 @@ impl Check {
         };
         Self { name, status, found }
     }
+}
+
+/// Prints an answer, as text or JSON; gives how cvmm ends by whether the evidence verifies.
+///
+/// # Errors
+/// Standard output's.
+pub(crate) fn conclude(
+    answer: &(impl Serialize + fmt::Display),
+    json: bool,
+    verified: bool,
+) -> io::Result<ExitClass> {
+    let text = if json {
+        serde_json::to_string_pretty(answer).unwrap_or_default()
+    } else {
+        answer.to_string()
+    };
+    say(&text)?;
+    Ok(if verified {
+        ExitClass::Success
+    } else {
+        ExitClass::Mismatch
+    })
 }
 
 impl fmt::Display for Check {

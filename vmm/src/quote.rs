@@ -11,10 +11,10 @@ use tdx::measure::Measurement;
 use tdx::quote::verify::{Collateral, CollateralError, TCB_STATUSES, verify};
 use tdx::quote::{self, QuoteError};
 
+use crate::checks::conclude;
 use crate::ending::ExitClass;
 use crate::evidence::{self, Unread};
 use crate::hex::padded;
-use crate::measure::say;
 use crate::report::LAST_SECOND;
 use crate::spec::file::FileError;
 
@@ -172,17 +172,7 @@ pub fn run(args: &Args) -> Result<ExitClass, Unreadable> {
         }
     };
     let answer = Answer::new(&quote, &chain, &args.signer.tcb, &expected);
-    let text = if args.json {
-        answer.json()
-    } else {
-        answer.to_string()
-    };
-    say(&text).map_err(Unreadable::Unwritten)?;
-    Ok(if answer.verified() {
-        ExitClass::Success
-    } else {
-        ExitClass::Mismatch
-    })
+    conclude(&answer, args.json, answer.verified()).map_err(Unreadable::Unwritten)
 }
 
 fn now() -> u64 {

@@ -13,11 +13,11 @@ use snp::measure::Measurement;
 use snp::policy::PolicyError;
 use snp::report::{CertificateError, Expected, ReportError, check};
 
+use crate::checks::conclude;
 use crate::config::{Blob32, Policy};
 use crate::ending::ExitClass;
 use crate::evidence::Unread;
 use crate::hex::padded;
-use crate::measure::say;
 use crate::spec::file::FileError;
 
 use answer::Answer;
@@ -174,17 +174,7 @@ pub fn run(args: &Args) -> Result<ExitClass, Unreadable> {
     let given = since.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
     let now = given.unwrap_or_else(SystemTime::now);
     let answer = Answer::new(&report, &expected, &check(&report, &chain, &expected, now));
-    let text = if args.json {
-        answer.json()
-    } else {
-        answer.to_string()
-    };
-    say(&text).map_err(Unreadable::Unwritten)?;
-    Ok(if answer.verified() {
-        ExitClass::Success
-    } else {
-        ExitClass::Mismatch
-    })
+    conclude(&answer, args.json, answer.verified()).map_err(Unreadable::Unwritten)
 }
 
 fn expected(wishes: &Wishes) -> Result<Expected, PolicyError> {

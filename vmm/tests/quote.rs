@@ -6,12 +6,13 @@
     reason = "a test stops at the first surprise"
 )]
 
+mod shell;
+
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use serde_json::Value;
+use shell::{Scratch, feed, kernel};
 
 /// A second at which the collateral of `td10-v4` holds, and one for `td15ex-v5`.
 const V4_TIME: &str = "1751000000";
@@ -20,47 +21,6 @@ const V5_TIME: &str = "1792500000";
 fn recorded(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tdx/tests/recorded/quote");
     path.join(name).display().to_string()
-}
-
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("cvmm-quote-{}-{name}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
-        fs::write(self.0.join(name), bytes).unwrap();
-        name.to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn feed(dir: &Path, args: &[&str], input: &[u8]) -> (i32, String, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_cvmm"))
-        .args(args)
-        .current_dir(dir)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // It need not read it.
-    let _ = child.stdin.take().unwrap().write_all(input);
-    let output = child.wait_with_output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        output.status.code().unwrap(),
-        text(output.stdout),
-        text(output.stderr),
-    )
 }
 
 /// `cvmm quote` with these arguments.
@@ -235,19 +195,7 @@ fn a_prediction_is_taken_from_the_json_of_measure() {
 #[test]
 fn measure_writes_what_quote_reads() {
     let dir = Scratch::new("measured");
-    let mut kernel = vec![0; 6 * 512];
-    let fields: [(usize, &[u8]); 6] = [
-        (0x1fe, &[0x55, 0xaa]),
-        (0x202, b"HdrS"),
-        (0x206, &[0x0f, 0x02]),
-        (0x211, &[1]),
-        (0x236, &[1, 0]),
-        (0x238, &[0xff, 7, 0, 0]),
-    ];
-    for (at, bytes) in fields {
-        kernel[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-    dir.write("kernel", kernel);
+    dir.write("kernel", kernel());
     let args = ["measure", "--platform", "tdx", "--kernel", "kernel", "--json"];
     let (code, out, err) = feed(&dir.0, &args, b"");
     assert_eq!((code, err.as_str()), (0, ""));

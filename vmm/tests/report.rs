@@ -10,14 +10,14 @@
 
 #[path = "../../snp/tests/forge/mod.rs"]
 mod forge;
+mod shell;
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use forge::{Cert, Key};
 use serde_json::Value;
+use shell::Scratch;
 use snp::certs::{CertKind, CertTable};
 
 /// In 2026; the real certificates are valid then.
@@ -28,51 +28,17 @@ fn recorded(name: &str) -> String {
     path.join(name).to_str().unwrap().to_owned()
 }
 
-struct Scratch(PathBuf);
-
 impl Scratch {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("cvmm-report-{name}-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        Self(dir)
-    }
-
-    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
-        fs::write(self.0.join(name), content).unwrap();
-    }
-
     fn read(&self, name: &str) -> Vec<u8> {
         fs::read(self.0.join(name)).unwrap()
     }
 
-    /// Runs cvmm in the directory with `input` on standard input; exit code, output, error.
     fn feed(&self, args: &[&str], input: &[u8]) -> (i32, String, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
-        command.args(args).current_dir(&self.0);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        // It need not read it.
-        let _ = child.stdin.take().unwrap().write_all(input);
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (
-            output.status.code().unwrap(),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        shell::feed(&self.0, args, input)
     }
 
     fn cvmm(&self, args: &[&str]) -> (i32, String, String) {
         self.feed(args, b"")
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -438,19 +404,7 @@ fn an_id_block_equals_that_of_snp_create_id_block() {
 #[test]
 fn an_id_block_is_made_for_the_guest_of_a_configuration() {
     let dir = Scratch::new("id-config");
-    let mut kernel = vec![0; 6 * 512];
-    let fields: [(usize, &[u8]); 6] = [
-        (0x1fe, &[0x55, 0xaa]),
-        (0x202, b"HdrS"),
-        (0x206, &[0x0f, 0x02]),
-        (0x211, &[1]),
-        (0x236, &[1, 0]),
-        (0x238, &[0xff, 7, 0, 0]),
-    ];
-    for (at, bytes) in fields {
-        kernel[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-    dir.write("kernel", kernel);
+    dir.write("kernel", shell::kernel());
     dir.write(
         "guest.json",
         r#"{"boot":{"kernel":"kernel"},"cpus":2,"snp":{"id_block":"block","id_auth":"auth"}}"#,

@@ -153,10 +153,6 @@ impl Answer {
         self.verified
     }
 
-    pub(super) fn json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_default()
-    }
-
     fn has(&self, name: &str, status: Status) -> bool {
         self.checks
             .iter()

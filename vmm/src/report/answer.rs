@@ -161,10 +161,6 @@ impl Answer {
     pub(super) fn verified(&self) -> bool {
         self.verified
     }
-
-    pub(super) fn json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_default()
-    }
 }
 
 impl fmt::Display for Answer {
