@@ -6,6 +6,7 @@
 
 mod entry;
 mod hw;
+mod memory;
 mod reset;
 mod td;
 

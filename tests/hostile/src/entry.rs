@@ -122,3 +122,17 @@ extern "C" fn enter(cmdline: u64) -> ! {
 extern "C" fn exception(vector: u64, first: u64, second: u64) -> ! {
     crate::died(vector, first, second)
 }
+
+/// C `strlen`.
+///
+/// # Safety
+/// As in C: a zero byte follows.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn strlen(text: *const u8) -> usize {
+    let mut len = 0;
+    // SAFETY: the caller promises every byte up to the zero.
+    while unsafe { text.wrapping_add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    len
+}

@@ -53,7 +53,11 @@ pub(crate) fn start(mode: Mode) {
         for page in (ARENA..ARENA + ARENA_LEN).step_by(4096) {
             to_shared(page);
         }
-        assert_eq!(msr_call(GHCB | 0x12), GHCB | 0x13, "the host registers another GHCB");
+        assert_eq!(
+            msr_call(GHCB | 0x12),
+            GHCB | 0x13,
+            "the host registers another GHCB"
+        );
         wrmsr(MSR_GHCB, GHCB);
     }
 }
@@ -164,7 +168,13 @@ impl<T: Word> Volatile<T> for *mut T {
     }
 
     unsafe fn write_unaligned_volatile(self, value: T) {
-        for (byte, part) in value.into().to_le_bytes().into_iter().enumerate().take(size_of::<T>()) {
+        for (byte, part) in value
+            .into()
+            .to_le_bytes()
+            .into_iter()
+            .enumerate()
+            .take(size_of::<T>())
+        {
             // SAFETY: the caller promises all bytes of the value.
             unsafe { self.cast::<u8>().wrapping_add(byte).write_volatile(part) };
         }
@@ -355,5 +365,7 @@ fn rdmsr(msr: u32) -> u64 {
 
 fn wrmsr(msr: u32, value: u64) {
     // SAFETY: the GHCB MSR, which has no effect before VMGEXIT.
-    unsafe { asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack)) };
+    unsafe {
+        asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
+    };
 }

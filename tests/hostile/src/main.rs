@@ -9,6 +9,7 @@
 mod cases;
 mod entry;
 mod machine;
+#[path = "../../../shim/boot/src/memory.rs"]
 mod memory;
 mod pci;
 mod say;
@@ -35,7 +36,11 @@ fn run(cmdline: u64) -> ! {
     // SAFETY: the loader left a string that ends with NUL at this address, and nobody changes it.
     let words = unsafe { core::ffi::CStr::from_ptr(with_exposed_provenance(cmdline as usize)) };
     let words = words.to_str().unwrap_or("");
-    let value = |key: &str| words.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    let value = |key: &str| {
+        words
+            .split(' ')
+            .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+    };
     let number = |key: &str| value(key).and_then(|text| u64::from_str_radix(text, 16).ok());
     machine::start(match value("mode") {
         Some("snp") => Mode::Snp,

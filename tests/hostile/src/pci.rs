@@ -19,7 +19,9 @@ impl Function {
     /// Every function 0 of bus 0 that is there.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         let ecam = ECAM.load(Ordering::Relaxed);
-        (0..32).map(move |device| Self(ecam + (device << 15))).filter(|function| function.word(0) != 0xffff)
+        (0..32)
+            .map(move |device| Self(ecam + (device << 15)))
+            .filter(|function| function.word(0) != 0xffff)
     }
 
     /// A 16-bit register.
@@ -40,7 +42,11 @@ impl Function {
     pub(crate) fn bar(self, index: u64) -> u64 {
         mmio_write(self.0 + 4, self.word(4) | 0x406);
         let low: u32 = mmio_read(self.0 + 0x10 + index * 4);
-        let high: u32 = if low & 6 == 4 { mmio_read(self.0 + 0x14 + index * 4) } else { 0 };
+        let high: u32 = if low & 6 == 4 {
+            mmio_read(self.0 + 0x14 + index * 4)
+        } else {
+            0
+        };
         u64::from(high) << 32 | u64::from(low & !15)
     }
 
@@ -58,7 +64,9 @@ impl Function {
 
     /// Address of the virtio structure of this type (1 common, 2 notify, 3 ISR, 4 device), and its capability.
     pub(crate) fn structure(self, wanted: u8) -> Option<(u64, u64)> {
-        let at = self.capabilities(9).find(|at| mmio_read::<u8>(self.0 + at + 3) == wanted)?;
+        let at = self
+            .capabilities(9)
+            .find(|at| mmio_read::<u8>(self.0 + at + 3) == wanted)?;
         let bar = self.bar(u64::from(mmio_read::<u8>(self.0 + at + 4)));
         Some((bar + u64::from(mmio_read::<u32>(self.0 + at + 8)), at))
     }

@@ -1,7 +1,7 @@
 //! Where a case is played: one device with one queue, and how its outcome is judged.
 
 use crate::machine::{ARENA, Mode, PRIVATE, load, load_private, mode, store, store_private, ticks};
-use crate::virtio::{BLOCK, CONSOLE, Device, NET, NEXT, PATIENCE, RNG, Reaction, Ring, SIZE, VSOCK, WRITE};
+use crate::virtio::{BLOCK, CONSOLE, Device, NET, NEXT, PATIENCE, RNG, Reaction, Ring, VSOCK, WRITE};
 
 /// The ring under attack.
 pub(crate) const RING: Ring = Ring::at(ARENA + 0x1_0000);
@@ -43,13 +43,23 @@ pub(crate) struct Target {
 }
 
 const fn target(kind: u16, queue: u16, name: &'static str) -> Target {
-    Target { kind, nth: 0, queue, name }
+    Target {
+        kind,
+        nth: 0,
+        queue,
+        name,
+    }
 }
 
 /// The disk.
 pub(crate) const DISK: Target = target(BLOCK, 0, "blk");
 /// A second disk, which is read-only.
-pub(crate) const READ_ONLY: Target = Target { kind: BLOCK, nth: 1, queue: 0, name: "blk-ro" };
+pub(crate) const READ_ONLY: Target = Target {
+    kind: BLOCK,
+    nth: 1,
+    queue: 0,
+    name: "blk-ro",
+};
 /// The entropy source.
 pub(crate) const ENTROPY: Target = target(RNG, 0, "rng");
 /// The network card's transmit queue.
@@ -193,12 +203,16 @@ pub(crate) fn arm() {
 
 /// True if nothing of it changed.
 pub(crate) fn intact() -> bool {
-    let shared = (0..CANARY_LEN).step_by(8).all(|at| load::<u64>(CANARY + at) == PATTERN ^ at);
+    let shared = (0..CANARY_LEN)
+        .step_by(8)
+        .all(|at| load::<u64>(CANARY + at) == PATTERN ^ at);
     shared && (mode() == Mode::Plain || private_intact())
 }
 
 fn private_intact() -> bool {
-    GUARDED.into_iter().all(|at| load_private(PRIVATE + at) == PATTERN ^ at)
+    GUARDED
+        .into_iter()
+        .all(|at| load_private(PRIVATE + at) == PATTERN ^ at)
 }
 
 /// Lets time pass.
@@ -206,5 +220,3 @@ pub(crate) fn pause(time: u64) {
     let began = ticks();
     while ticks() - began < time {}
 }
-
-const _: () = assert!(SIZE == 16);

@@ -68,7 +68,11 @@ pub(crate) struct Ring {
 impl Ring {
     /// Three pages in a row.
     pub(crate) const fn at(gpa: u64) -> Self {
-        Self { desc: gpa, avail: gpa.wrapping_add(0x1000), used: gpa.wrapping_add(0x2000) }
+        Self {
+            desc: gpa,
+            avail: gpa.wrapping_add(0x1000),
+            used: gpa.wrapping_add(0x2000),
+        }
     }
 
     /// Zeroes the ring.
@@ -151,7 +155,9 @@ pub(crate) struct Device {
 impl Device {
     /// The `nth` device of a kind.
     pub(crate) fn find(kind: u16, nth: usize) -> Option<Self> {
-        let function = Function::all().filter(|function| function.virtio_kind() == kind).nth(nth)?;
+        let function = Function::all()
+            .filter(|function| function.virtio_kind() == kind)
+            .nth(nth)?;
         let (notify, capability) = function.structure(2)?;
         Some(Self {
             function,

@@ -6,94 +6,159 @@ use crate::stage::{ALL, BUFFER, BUFFER_LEN, DISK, RING, Stage, Verdict, pause};
 use crate::virtio::{DRIVER_OK, FEATURES_OK, NEXT, PATIENCE, Reaction, Ring, SIZE, WRITE, common};
 
 pub(super) const CASES: &[Case] = &[
-    Case { id: "C20", name: "started without agreeing on features", on: ALL, play: |s| {
-        s.device.reset();
-        s.ring.clear();
-        s.device.set_queue(s.target.queue, SIZE, s.ring);
-        s.device.set_status(3 | DRIVER_OK);
-        s.offer_good(0, BUFFER);
-        s.kick();
-        quiet_is_refusal(s, s.device.wait_for(s.ring, 1, PATIENCE / 4))
-    } },
-    Case { id: "C20b", name: "every feature bit, offered or not", on: ALL, play: |s| {
-        s.device.reset();
-        s.device.set_status(3);
-        s.device.accept(u64::MAX);
-        s.device.set_status(3 | FEATURES_OK);
-        if s.device.status() & FEATURES_OK == 0 { Verdict::Reject } else { Verdict::Pass }
-    } },
-    Case { id: "C20c", name: "status bits taken back one by one", on: ALL, play: |s| {
-        s.device.start(0, s.target.queue, s.ring);
-        for bit in 0..8 {
-            s.device.set_status(s.device.status() & !(1 << bit));
-            s.kick();
-        }
-        Verdict::Pass
-    } },
-    Case { id: "C20d", name: "kick before the device is ready", on: ALL, play: |s| {
-        s.device.reset();
-        for queue in [0, 1, 2, 3, 255, 0xffff] {
-            s.device.kick(queue);
-            mmio_write(s.device.notify, queue);
-        }
-        s.device.negotiate(0);
-        s.kick();
-        Verdict::Pass
-    } },
-    Case { id: "C21", name: "queue changed after it was started", on: ALL, play: |s| {
-        s.device.start(0, s.target.queue, s.ring);
-        s.device.select(s.target.queue);
-        mmio_write(s.device.common + common::QUEUE_SIZE, 0x8000_u16);
-        mmio_write(s.device.common + common::QUEUE_SIZE, 0_u16);
-        s.device.set_addresses(Ring::at(!0xfff));
-        mmio_write(s.device.common + common::QUEUE_ENABLE, 0_u16);
-        s.offer_good(0, BUFFER);
-        s.kick();
-        s.judge(s.device.wait(s.ring, 1))
-    } },
-    Case { id: "C22", name: "reset under requests in flight", on: &[DISK], play: reset_in_flight },
-    Case { id: "C23", name: "kicks against resets", on: ALL, play: |s| {
-        for _ in 0..300 {
-            s.device.start(0, s.target.queue, s.ring);
+    Case {
+        id: "C20",
+        name: "started without agreeing on features",
+        on: ALL,
+        play: |s| {
+            s.device.reset();
+            s.ring.clear();
+            s.device.set_queue(s.target.queue, SIZE, s.ring);
+            s.device.set_status(3 | DRIVER_OK);
             s.offer_good(0, BUFFER);
             s.kick();
-            if !s.device.reset() {
-                return Verdict::Wedged;
+            quiet_is_refusal(s, s.device.wait_for(s.ring, 1, PATIENCE / 4))
+        },
+    },
+    Case {
+        id: "C20b",
+        name: "every feature bit, offered or not",
+        on: ALL,
+        play: |s| {
+            s.device.reset();
+            s.device.set_status(3);
+            s.device.accept(u64::MAX);
+            s.device.set_status(3 | FEATURES_OK);
+            if s.device.status() & FEATURES_OK == 0 {
+                Verdict::Reject
+            } else {
+                Verdict::Pass
             }
+        },
+    },
+    Case {
+        id: "C20c",
+        name: "status bits taken back one by one",
+        on: ALL,
+        play: |s| {
+            s.device.start(0, s.target.queue, s.ring);
+            for bit in 0..8 {
+                s.device.set_status(s.device.status() & !(1 << bit));
+                s.kick();
+            }
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C20d",
+        name: "kick before the device is ready",
+        on: ALL,
+        play: |s| {
+            s.device.reset();
+            for queue in [0, 1, 2, 3, 255, 0xffff] {
+                s.device.kick(queue);
+                mmio_write(s.device.notify, queue);
+            }
+            s.device.negotiate(0);
             s.kick();
-        }
-        Verdict::Pass
-    } },
-    Case { id: "C24", name: "started five hundred times", on: ALL, play: |s| {
-        for _ in 0..500 {
-            if !s.device.negotiate(0) {
-                return Verdict::Wedged;
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C21",
+        name: "queue changed after it was started",
+        on: ALL,
+        play: |s| {
+            s.device.start(0, s.target.queue, s.ring);
+            s.device.select(s.target.queue);
+            mmio_write(s.device.common + common::QUEUE_SIZE, 0x8000_u16);
+            mmio_write(s.device.common + common::QUEUE_SIZE, 0_u16);
+            s.device.set_addresses(Ring::at(!0xfff));
+            mmio_write(s.device.common + common::QUEUE_ENABLE, 0_u16);
+            s.offer_good(0, BUFFER);
+            s.kick();
+            s.judge(s.device.wait(s.ring, 1))
+        },
+    },
+    Case {
+        id: "C22",
+        name: "reset under requests in flight",
+        on: &[DISK],
+        play: reset_in_flight,
+    },
+    Case {
+        id: "C23",
+        name: "kicks against resets",
+        on: ALL,
+        play: |s| {
+            for _ in 0..300 {
+                s.device.start(0, s.target.queue, s.ring);
+                s.offer_good(0, BUFFER);
+                s.kick();
+                if !s.device.reset() {
+                    return Verdict::Wedged;
+                }
+                s.kick();
             }
-            s.device.set_queue(s.target.queue, SIZE, RING);
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C24",
+        name: "started five hundred times",
+        on: ALL,
+        play: |s| {
+            for _ in 0..500 {
+                if !s.device.negotiate(0) {
+                    return Verdict::Wedged;
+                }
+                s.device.set_queue(s.target.queue, SIZE, RING);
+                s.device.go();
+            }
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C25",
+        name: "registers by every size and alignment",
+        on: ALL,
+        play: |s| {
+            s.device.reset();
+            let parts = [
+                s.device.common,
+                s.device.isr,
+                s.device.notify,
+                s.device.specific,
+                s.device.function.0,
+            ];
+            for part in parts.into_iter().filter(|part| *part != 0) {
+                for at in (0..common::LEN + 16).chain(0xff0..0x1000) {
+                    sizes(part + at);
+                }
+            }
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C26",
+        name: "queue 65535 selected",
+        on: ALL,
+        play: |s| {
+            s.device.negotiate(0);
+            s.device.set_queue(0xffff, SIZE, RING);
             s.device.go();
-        }
-        Verdict::Pass
-    } },
-    Case { id: "C25", name: "registers by every size and alignment", on: ALL, play: |s| {
-        s.device.reset();
-        let parts = [s.device.common, s.device.isr, s.device.notify, s.device.specific, s.device.function.0];
-        for part in parts.into_iter().filter(|part| *part != 0) {
-            for at in (0..common::LEN + 16).chain(0xff0..0x1000) {
-                sizes(part + at);
-            }
-        }
-        Verdict::Pass
-    } },
-    Case { id: "C26", name: "queue 65535 selected", on: ALL, play: |s| {
-        s.device.negotiate(0);
-        s.device.set_queue(0xffff, SIZE, RING);
-        s.device.go();
-        s.kick();
-        s.device.select(0xffff);
-        let size: u16 = mmio_read(s.device.common + common::QUEUE_SIZE);
-        if size == 0 { Verdict::Pass } else { Verdict::Fail }
-    } },
-    Case { id: "C27", name: "interrupt table abused", on: ALL, play: interrupts },
+            s.kick();
+            s.device.select(0xffff);
+            let size: u16 = mmio_read(s.device.common + common::QUEUE_SIZE);
+            if size == 0 { Verdict::Pass } else { Verdict::Fail }
+        },
+    },
+    Case {
+        id: "C27",
+        name: "interrupt table abused",
+        on: ALL,
+        play: interrupts,
+    },
 ];
 
 /// A device that was started the wrong way may do nothing.
@@ -159,7 +224,12 @@ fn interrupts(s: &Stage) -> Verdict {
             sizes(entry + part);
         }
     }
-    for (address, data) in [(0_u64, 0_u32), (0xfee0_0000, 0xffff_ffff), (0x1234_5678_9000, 0x31), (BUFFER, 0x41)] {
+    for (address, data) in [
+        (0_u64, 0_u32),
+        (0xfee0_0000, 0xffff_ffff),
+        (0x1234_5678_9000, 0x31),
+        (BUFFER, 0x41),
+    ] {
         s.device.negotiate(0);
         s.ring.clear();
         mmio_write(table, address as u32);

@@ -23,5 +23,13 @@ pub(crate) struct Case {
 
 /// All of them, by group.
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
-    [ring::CASES, lifecycle::CASES, device::CASES, machine::CASES, private::CASES].into_iter().flatten()
+    [
+        ring::CASES,
+        lifecycle::CASES,
+        device::CASES,
+        machine::CASES,
+        private::CASES,
+    ]
+    .into_iter()
+    .flatten()
 }

@@ -1,7 +1,9 @@
 //! C50 to C53: the border between private and shared memory.
 
 use super::Case;
-use crate::machine::{Mode, PRIVATE, load_private, map_gpa, mode, page_state, store, store_private, to_private, to_shared};
+use crate::machine::{
+    Mode, PRIVATE, load_private, map_gpa, mode, page_state, store, store_private, to_private, to_shared,
+};
 use crate::ram_end;
 use crate::stage::{ALL, BUFFER, DISK, ENTROPY, RING, Stage, Verdict, pause};
 use crate::virtio::{F_INDIRECT, INDIRECT, NEXT, PATIENCE, Reaction, Ring, SIZE, WRITE, descriptor};
@@ -10,53 +12,128 @@ use crate::virtio::{F_INDIRECT, INDIRECT, NEXT, PATIENCE, Reaction, Ring, SIZE, 
 const HIDDEN: u64 = PRIVATE + 0x1000;
 
 pub(super) const CASES: &[Case] = &[
-    Case { id: "C50", name: "descriptor table in private memory", on: ALL, play: |s| hidden_ring(s, Ring { desc: HIDDEN, ..RING }) },
-    Case { id: "C50b", name: "available ring in private memory", on: ALL, play: |s| hidden_ring(s, Ring { avail: HIDDEN, ..RING }) },
-    Case { id: "C50c", name: "used ring in private memory", on: ALL, play: |s| hidden_ring(s, Ring { used: HIDDEN, ..RING }) },
-    Case { id: "C50d", name: "buffer in private memory", on: ALL, play: |s| hidden(s, |s| {
-        s.ring.descriptor(0, HIDDEN, 64, s.direction(), 0);
-        s.ring.offer(&[0]);
-    }) },
-    Case { id: "C50e", name: "buffer half in private memory", on: ALL, play: |s| {
-        if mode() == Mode::Plain {
-            return Verdict::Absent;
-        }
-        let before = HIDDEN - 0x1000;
-        if !to_shared(before) {
-            return Verdict::Fail;
-        }
-        let verdict = hidden(s, |s| {
-            s.ring.descriptor(0, HIDDEN - 32, 64, s.direction(), 0);
-            s.ring.offer(&[0]);
-        });
-        if to_private(before) { verdict } else { Verdict::Fail }
-    } },
-    Case { id: "C50f", name: "indirect table in private memory", on: ALL, play: |s| hidden(s, |s| {
-        s.ring.descriptor(0, HIDDEN, 16, INDIRECT, 0);
-        s.ring.offer(&[0]);
-    }) },
-    Case { id: "C50g", name: "disk data into private memory", on: &[DISK], play: |s| hidden(s, |s| {
-        s.offer_good(0, BUFFER);
-        descriptor(s.ring.desc, 1, HIDDEN, 512, NEXT | WRITE, 2);
-    }) },
-    Case { id: "C50h", name: "disk status into private memory", on: &[DISK], play: |s| hidden(s, |s| {
-        s.offer_good(0, BUFFER);
-        descriptor(s.ring.desc, 2, HIDDEN, 1, WRITE, 0);
-    }) },
-    Case { id: "C51", name: "made private under a request in flight", on: &[DISK], play: convert_in_flight },
-    Case { id: "C52", name: "two thousand conversions", on: &[ENTROPY], play: |_| {
-        if mode() == Mode::Plain {
-            return Verdict::Absent;
-        }
-        for round in 0..1000_u64 {
-            let page = PRIVATE + 0x10_0000 + (round % 7) * 0x2000;
-            if !to_shared(page) || !to_private(page) {
-                return Verdict::Wedged;
+    Case {
+        id: "C50",
+        name: "descriptor table in private memory",
+        on: ALL,
+        play: |s| hidden_ring(s, Ring { desc: HIDDEN, ..RING }),
+    },
+    Case {
+        id: "C50b",
+        name: "available ring in private memory",
+        on: ALL,
+        play: |s| {
+            hidden_ring(
+                s,
+                Ring {
+                    avail: HIDDEN,
+                    ..RING
+                },
+            )
+        },
+    },
+    Case {
+        id: "C50c",
+        name: "used ring in private memory",
+        on: ALL,
+        play: |s| hidden_ring(s, Ring { used: HIDDEN, ..RING }),
+    },
+    Case {
+        id: "C50d",
+        name: "buffer in private memory",
+        on: ALL,
+        play: |s| {
+            hidden(s, |s| {
+                s.ring.descriptor(0, HIDDEN, 64, s.direction(), 0);
+                s.ring.offer(&[0]);
+            })
+        },
+    },
+    Case {
+        id: "C50e",
+        name: "buffer half in private memory",
+        on: ALL,
+        play: |s| {
+            if mode() == Mode::Plain {
+                return Verdict::Absent;
             }
-        }
-        Verdict::Pass
-    } },
-    Case { id: "C53", name: "conversions of what is no memory", on: &[ENTROPY], play: |_| nonsense() },
+            let before = HIDDEN - 0x1000;
+            if !to_shared(before) {
+                return Verdict::Fail;
+            }
+            let verdict = hidden(s, |s| {
+                s.ring.descriptor(0, HIDDEN - 32, 64, s.direction(), 0);
+                s.ring.offer(&[0]);
+            });
+            if to_private(before) {
+                verdict
+            } else {
+                Verdict::Fail
+            }
+        },
+    },
+    Case {
+        id: "C50f",
+        name: "indirect table in private memory",
+        on: ALL,
+        play: |s| {
+            hidden(s, |s| {
+                s.ring.descriptor(0, HIDDEN, 16, INDIRECT, 0);
+                s.ring.offer(&[0]);
+            })
+        },
+    },
+    Case {
+        id: "C50g",
+        name: "disk data into private memory",
+        on: &[DISK],
+        play: |s| {
+            hidden(s, |s| {
+                s.offer_good(0, BUFFER);
+                descriptor(s.ring.desc, 1, HIDDEN, 512, NEXT | WRITE, 2);
+            })
+        },
+    },
+    Case {
+        id: "C50h",
+        name: "disk status into private memory",
+        on: &[DISK],
+        play: |s| {
+            hidden(s, |s| {
+                s.offer_good(0, BUFFER);
+                descriptor(s.ring.desc, 2, HIDDEN, 1, WRITE, 0);
+            })
+        },
+    },
+    Case {
+        id: "C51",
+        name: "made private under a request in flight",
+        on: &[DISK],
+        play: convert_in_flight,
+    },
+    Case {
+        id: "C52",
+        name: "two thousand conversions",
+        on: &[ENTROPY],
+        play: |_| {
+            if mode() == Mode::Plain {
+                return Verdict::Absent;
+            }
+            for round in 0..1000_u64 {
+                let page = PRIVATE + 0x10_0000 + (round % 7) * 0x2000;
+                if !to_shared(page) || !to_private(page) {
+                    return Verdict::Wedged;
+                }
+            }
+            Verdict::Pass
+        },
+    },
+    Case {
+        id: "C53",
+        name: "conversions of what is no memory",
+        on: &[ENTROPY],
+        play: |_| nonsense(),
+    },
 ];
 
 /// A ring of which one part is private: the device must refuse it and write nothing there.
@@ -165,7 +242,9 @@ fn nonsense() -> Verdict {
                 (1 << 51, 1, 16),
                 (PRIVATE, 1 << 52, 0),
             ];
-            let accepted = wrong.iter().any(|(gpa, pages, attributes)| map_gpa(*gpa, *pages, *attributes) == 0);
+            let accepted = wrong
+                .iter()
+                .any(|(gpa, pages, attributes)| map_gpa(*gpa, *pages, *attributes) == 0);
             if accepted { Verdict::Fail } else { Verdict::Reject }
         }
         Mode::Snp => {

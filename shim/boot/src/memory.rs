@@ -1,4 +1,6 @@
-//! The memory functions that the compiler calls.
+//! The memory functions that the compiler calls. Also part of `tests/hostile`.
+// UNSAFETY: the C memory functions.
+#![expect(unsafe_code, reason = "the memory functions of the C ABI")]
 
 use core::arch::asm;
 
@@ -76,18 +78,4 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
     // SAFETY: the caller's promise is the same.
     unsafe { memcmp(a, b, len) }
-}
-
-/// C `strlen`.
-///
-/// # Safety
-/// As in C: a zero byte follows.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn strlen(text: *const u8) -> usize {
-    let mut len = 0;
-    // SAFETY: the caller promises every byte up to the zero.
-    while unsafe { text.wrapping_add(len).read_volatile() } != 0 {
-        len += 1;
-    }
-    len
 }
