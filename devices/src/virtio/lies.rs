@@ -147,6 +147,31 @@ pub(super) struct Memory {
     liar: Arc<Liar>,
 }
 
+impl Memory {
+    /// Fresh memory with a liar that follows `plan`; `watch` says who sees the device's accesses.
+    fn new<W: Watch + 'static>(
+        plan: Plan,
+        moving: Vec<std::ops::Range<u64>>,
+        watch: impl FnOnce(&Arc<Liar>) -> Arc<W>,
+    ) -> Self {
+        let (driver, visible) = mock::memory();
+        let liar = Arc::new(Liar {
+            map: Arc::clone(driver.mapping()),
+            visible: Arc::clone(&visible),
+            moving,
+            plan,
+            awake: AtomicBool::new(false),
+            state: Mutex::default(),
+        });
+        Self {
+            device: driver.clone().watched(watch(&liar)),
+            driver,
+            visible,
+            liar,
+        }
+    }
+}
+
 /// Builds a device and its work; the second result are fields of headers that the driver may change later.
 pub(super) type Build<'a> = dyn Fn(&Memory) -> (Subject, Vec<Lie>) + 'a;
 
@@ -184,7 +209,6 @@ struct Run {
 
 impl Run {
     fn prepare(case: &Case<'_>, plan: Plan) -> Self {
-        let (driver, visible) = mock::memory();
         // Where rings lie does not depend on the plan, so a first memory tells.
         let fields = match plan {
             Plan::SecondRead => Self::prepare(case, Plan::Honest)
@@ -195,21 +219,7 @@ impl Run {
                 .collect(),
             _ => vec![],
         };
-        let liar = Arc::new(Liar {
-            map: Arc::clone(driver.mapping()),
-            visible: Arc::clone(&visible),
-            moving: fields,
-            plan,
-            awake: AtomicBool::new(false),
-            state: Mutex::default(),
-        });
-        let watch: Arc<dyn Watch> = Arc::<Liar>::clone(&liar);
-        let memory = Memory {
-            device: driver.clone().watched(watch),
-            driver,
-            visible,
-            liar,
-        };
+        let memory = Memory::new(plan, fields, |liar| Arc::<Liar>::clone(liar));
         let (subject, mut lies) = (case.build)(&memory);
         lies.extend(subject.rings.iter().flat_map(ring_lies));
         Self {
@@ -438,22 +448,7 @@ fn touched(case: &Case<'_>) -> BTreeSet<u64> {
         }
     }
     let recorder = Arc::new(Recorder::default());
-    let (driver, visible) = mock::memory();
-    let liar = Arc::new(Liar {
-        map: Arc::clone(driver.mapping()),
-        visible: Arc::clone(&visible),
-        moving: vec![],
-        plan: Plan::Honest,
-        awake: AtomicBool::new(false),
-        state: Mutex::default(),
-    });
-    let watch: Arc<dyn Watch> = Arc::<Recorder>::clone(&recorder);
-    let memory = Memory {
-        device: driver.clone().watched(watch),
-        driver,
-        visible,
-        liar,
-    };
+    let memory = Memory::new(Plan::Honest, vec![], |_| Arc::<Recorder>::clone(&recorder));
     let (mut subject, _) = (case.build)(&memory);
     let running = subject.running.as_mut().unwrap();
     (subject.work)(&mut **running, &subject.outside).unwrap();

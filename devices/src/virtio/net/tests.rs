@@ -1,3 +1,5 @@
+mod limits;
+
 use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::process::Command;
@@ -24,13 +26,19 @@ fn mac() -> MacAddress {
 }
 
 fn rig(features: u64, size: u16) -> Rig {
+    limited(features, size, Rates::default())
+}
+
+/// A rig whose device keeps to `rates` in both directions.
+fn limited(features: u64, size: u16, rates: Rates) -> Rig {
     let (near, peer) = UnixStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     peer.set_nonblocking(true).unwrap();
     let (mem, _) = memory();
     let rx = MockRing::new(&mem, 0x10_0000, size);
     let tx = MockRing::new(&mem, 0x80_0000, size);
-    let mut net = Net::new(vec![Box::new(Stream::new(near))], 0, None, mac()).unwrap();
+    let net = Net::new(vec![Box::new(Stream::new(near))], 0, None, mac()).unwrap();
+    let mut net = net.limit(rates, rates).unwrap();
     let (with, irqs) = activation(&mem, &[&rx, &tx], features);
     let running = net.activate(with).unwrap();
     Rig {
@@ -679,68 +687,4 @@ impl Running for Nobody {
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         Ok(())
     }
-}
-
-#[test]
-fn frames_beyond_a_rate_wait_and_none_is_lost() {
-    const OPERATIONS: u64 = 40;
-    let rates = Rates {
-        bytes: None,
-        operations: Some(OPERATIONS),
-    };
-    let (near, peer) = UnixStream::pair().unwrap();
-    near.set_nonblocking(true).unwrap();
-    peer.set_nonblocking(true).unwrap();
-    let (mem, _) = memory();
-    let (rx, tx) = (
-        MockRing::new(&mem, 0x10_0000, 128),
-        MockRing::new(&mem, 0x80_0000, 128),
-    );
-    let net = Net::new(vec![Box::new(Stream::new(near))], 0, None, mac()).unwrap();
-    let mut net = net.limit(rates, rates).unwrap();
-    let (with, irqs) = activation(&mem, &[&rx, &tx], 0);
-    let running = net.activate(with).unwrap();
-    let mut rig = Rig {
-        rx,
-        tx,
-        irqs,
-        net,
-        running,
-        peer,
-    };
-    let frames = OPERATIONS as usize + 20;
-    let frame = [[0; 12].as_slice(), &[7; 60]].concat();
-    for _ in 0..frames {
-        rig.rx.send(&[], &[1526]);
-        rig.tx.send(&[&frame], &[]);
-        rig.arrive(&[9; 60]);
-    }
-    let began = std::time::Instant::now();
-    rig.running.on_kick(0).unwrap();
-    rig.running.on_kick(1).unwrap();
-    rig.settle();
-    let (mut received, mut sent) = (0, 0);
-    let mut calls = 0;
-    while received < frames || sent < frames {
-        assert!(
-            began.elapsed() < Duration::from_secs(20),
-            "{received} received, {sent} sent"
-        );
-        while rig.rx.take_used().is_some() {
-            received += 1;
-        }
-        sent += rig.sent().len() / 64;
-        if rig.net.poll.ready().is_empty() {
-            std::thread::sleep(Duration::from_millis(1));
-        } else {
-            calls += 1;
-            rig.running.on_backend().unwrap();
-        }
-    }
-    assert!(
-        began.elapsed() >= Duration::from_millis(450),
-        "{:?}",
-        began.elapsed()
-    );
-    assert!(calls <= 6 * frames, "{calls} calls");
 }
