@@ -102,7 +102,7 @@ life() { grep -c '"running"' hevents; }
 until [ $(life) -ge 5 ] || ! kill -0 $PID; do sleep 0.1; done
 until [ $(life) -ge LIVES ] || ! kill -0 $PID; do HELD; sleep 0.1; done
 kill -9 $PID; wait $PID
-echo "sizes $(wc -l < hevents) $(wc -c < herr)"; tail -c 300 herr
+tail -c 300 herr
 echo "=== events"; cat hevents
 """
 HELD = r"""echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) \

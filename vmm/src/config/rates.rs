@@ -20,26 +20,14 @@ pub struct Rates {
 const ZERO: &str = "a rate of 0 would stop the device; leave it out for no limit";
 
 /// Refuses a device that could never do anything.
-fn not_zero<'de, D: Deserializer<'de>, T: Deserialize<'de> + PartialEq + Zero>(
+fn not_zero<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default + PartialEq>(
     from: D,
 ) -> Result<Option<T>, D::Error> {
     let value = Option::<T>::deserialize(from)?;
-    if value == Some(T::ZERO) {
+    if value == Some(T::default()) {
         return Err(D::Error::custom(ZERO));
     }
     Ok(value)
-}
-
-trait Zero {
-    const ZERO: Self;
-}
-
-impl Zero for u64 {
-    const ZERO: Self = 0;
-}
-
-impl Zero for Size {
-    const ZERO: Self = Size(0);
 }
 
 impl Rates {

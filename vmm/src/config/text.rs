@@ -37,7 +37,7 @@ pub(super) use serde_as_text;
 
 /// A number of bytes. Text is a number with an optional suffix K, M, G or T (powers of 1024); JSON may also
 /// hold a plain number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
 const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
