@@ -6,7 +6,7 @@ Usage: tests/hostile/run.py [--only C01,C02] [--mode plain] [--ecam HEX] [--imag
 COMMAND starts any VMM; in it {kernel} stands for the guest's file, {cmdline} for its command line and {console} for
 the file that must get the guest's serial port. A machine that dies is started again behind the case that ended it.
 Without a command, Debian's QEMU is put through the cases. Every whole run leaves a column in the target folder; --show
-prints all columns side by side. Exit code 1 says that a machine failed a case, 2 that the cases could not be run.
+prints all columns side by side. Exit code 3 says that a machine failed a case, 2 that the cases could not be run.
 """
 import argparse
 import json
@@ -34,6 +34,9 @@ GOOD = {"Pass", "Reject", "Absent"}
 
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "hostile"
+# Cargo keeps JSON of its own in TARGET.
+VERDICTS = TARGET / "verdicts"
+FAILED = 3
 
 
 def build(folder):
@@ -94,13 +97,13 @@ def play(start, words, lives=40):
 
 def save(name, results):
     """Keeps a machine's column for --show."""
-    TARGET.mkdir(parents=True, exist_ok=True)
-    (TARGET / f"{name}.json").write_text(json.dumps([asdict(outcome) for outcome in results]))
+    VERDICTS.mkdir(parents=True, exist_ok=True)
+    (VERDICTS / f"{name}.json").write_text(json.dumps([asdict(outcome) for outcome in results]))
 
 
 def saved():
     """All columns, cvmm's first."""
-    files = sorted(TARGET.glob("*.json"), key=lambda path: (not path.stem.startswith("cvmm"), path.stem))
+    files = sorted(VERDICTS.glob("*.json"), key=lambda path: (not path.stem.startswith("cvmm"), path.stem))
     return {path.stem: [Outcome(**fields) for fields in json.loads(path.read_text())] for path in files}
 
 
@@ -206,7 +209,7 @@ def main():
     bad = [outcome for outcome in results if outcome.verdict not in GOOD]
     for outcome in bad:
         print(f"{outcome.case} {outcome.device}: {outcome.verdict}: {outcome.why}")
-    return bool(bad)
+    return FAILED if bad else 0
 
 
 if __name__ == "__main__":
