@@ -1,4 +1,4 @@
-//! Rates of a network card.
+//! Rates and bounds of a network card.
 
 use super::*;
 
@@ -45,4 +45,44 @@ fn frames_beyond_a_rate_wait_and_none_is_lost() {
         began.elapsed()
     );
     assert!(calls <= 6 * frames, "{calls} calls");
+}
+
+#[test]
+fn one_wake_up_is_bounded_and_one_interrupt_tells_of_a_batch() {
+    let mut rig = rig(0, 256);
+    for _ in 0..200 {
+        rig.rx.send(&[], &[100]);
+    }
+    rig.peer.write_all(&[0, 0, 0, 2, 7, 7].repeat(200)).unwrap();
+    rig.running.on_backend().unwrap();
+    assert_eq!(std::iter::from_fn(|| rig.rx.take_used()).count(), 64);
+    assert_eq!(rig.irqs[0].take(), 1);
+    rig.settle();
+    assert_eq!(std::iter::from_fn(|| rig.rx.take_used()).count(), 136);
+}
+
+#[test]
+fn a_full_link_holds_frames_back_without_losing_one() {
+    let mut rig = rig(0, 512);
+    let frame = pattern(9000);
+    let mut expected = vec![];
+    for i in 0..100_u8 {
+        rig.tx.send(&[&[0; 12], &[i], &frame], &[]);
+        expected.extend(9001_u32.to_be_bytes());
+        expected.push(i);
+        expected.extend(&frame);
+    }
+    rig.running.on_kick(1).unwrap();
+    let at_once = std::iter::from_fn(|| rig.tx.take_used()).count();
+    assert!(at_once < 100, "the socket took all: the test tests nothing");
+    let mut sent = rig.sent();
+    while sent.len() < expected.len() {
+        let before = sent.len();
+        rig.running.on_backend().unwrap();
+        sent.extend(rig.sent());
+        assert!(sent.len() > before, "nothing moves");
+    }
+    assert!(sent == expected);
+    assert_eq!(at_once + std::iter::from_fn(|| rig.tx.take_used()).count(), 100);
+    rig.settle();
 }
