@@ -299,7 +299,7 @@ mod tests {
             assert_eq!(get(&mut uart, 0), b'y');
             count += 1;
         }
-        assert_eq!(count, FIFO);
+        assert_eq!(count, 64);
         assert_eq!(cable.0.lock().unwrap().0, b"");
     }
 

@@ -125,6 +125,7 @@ impl CertTable {
     pub fn parse(bytes: &[u8]) -> Result<Self, CertError> {
         let damaged = |what| CertError::Damaged { what };
         let mut certs = Vec::new();
+        let mut left = bytes.len();
         for entry in bytes.chunks(ENTRY) {
             let name: Name = array(entry, 0).ok_or(damaged("it does not end with an empty entry"))?;
             let fields = le32(entry, 16).zip(le32(entry, 20));
@@ -136,7 +137,10 @@ impl CertTable {
             let der = bytes
                 .get(start..)
                 .and_then(|b| b.get(..usize::try_from(len).ok()?));
-            certs.push((name, der.ok_or(damaged("an entry points outside"))?.to_vec()));
+            let der = der.ok_or(damaged("an entry points outside"))?;
+            let rest = left.checked_sub(der.len());
+            left = rest.ok_or(damaged("its entries share their bytes"))?;
+            certs.push((name, der.to_vec()));
         }
         Err(damaged("it does not end with an empty entry"))
     }
@@ -273,6 +277,18 @@ mod tests {
         }
     }
 
+    /// Or a table of 256 KiB that a guest presents would take 700 MiB of whoever verifies it.
+    #[test]
+    fn entries_that_share_their_bytes_are_no_table() {
+        let mut bytes = table().to_bytes();
+        let (offset, len) = (72_u32, u32::try_from(bytes.len() - 72).unwrap());
+        let mut entry = [1; 24];
+        entry[16..20].copy_from_slice(&offset.to_le_bytes());
+        entry[20..].copy_from_slice(&len.to_le_bytes());
+        bytes[..48].copy_from_slice(&entry.repeat(2));
+        assert!(matches!(CertTable::parse(&bytes), Err(CertError::Damaged { .. })));
+    }
+
     #[test]
     fn flipped_tables_are_survived() {
         let mut bytes = table().to_bytes();
@@ -335,7 +351,12 @@ mod tests {
             CertAnswer::Failed,
             "private or no memory"
         );
-        std::fs::write(&path, vec![0; 129 << 10]).unwrap();
+        let mut padded = table().to_bytes();
+        padded.resize(128 << 10, 0);
+        std::fs::write(&path, &padded).unwrap();
+        assert_eq!(file.serve(32, |_| true).answer, CertAnswer::Written);
+        padded.push(0);
+        std::fs::write(&path, &padded).unwrap();
         assert_eq!(file.serve(99, |_| true).answer, CertAnswer::Failed);
         assert!(matches!(CertFile::new(&path), Err(CertError::TooLarge)));
         std::fs::remove_file(&path).unwrap();

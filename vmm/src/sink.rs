@@ -77,6 +77,18 @@ impl Budget {
     }
 }
 
+/// A record's line, after one about those that are missing before it.
+fn text(record: &Record<'_>, suppressed: u64) -> String {
+    let missing = match suppressed {
+        0 => String::new(),
+        lines => format!("cvmm: {lines} log lines suppressed\n"),
+    };
+    // A message may carry a guest's words; one record stays one line.
+    let message = record.args().to_string().replace(|c: char| c.is_control(), " ");
+    let level = record.level().as_str().to_ascii_lowercase();
+    format!("{missing}cvmm: {level}: {message}\n")
+}
+
 impl Log for Sink {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -89,14 +101,7 @@ impl Log for Sink {
             .unwrap_or_else(PoisonError::into_inner)
             .admit(Instant::now());
         let Some(suppressed) = admitted else { return };
-        let mut text = String::new();
-        if suppressed != 0 {
-            text = format!("cvmm: {suppressed} log lines suppressed\n");
-        }
-        // A message may carry a guest's words; one record stays one line.
-        let message = record.args().to_string().replace(|c: char| c.is_control(), " ");
-        let level = record.level().as_str().to_ascii_lowercase();
-        text.push_str(&format!("cvmm: {level}: {message}\n"));
+        let text = text(record, suppressed);
         // Nobody is left to tell if standard error is gone.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
@@ -109,6 +114,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_words_of_a_guest_stay_on_their_line() {
+        let record = |args, suppressed| {
+            text(
+                &Record::builder().level(log::Level::Warn).args(args).build(),
+                suppressed,
+            )
+        };
+        assert_eq!(
+            record(
+                format_args!("it says \"{}\"", "a\ncvmm: error: b\r\x1b[2J\u{9b}c"),
+                0
+            ),
+            "cvmm: warn: it says \"a cvmm: error: b  [2J c\"\n"
+        );
+        assert_eq!(
+            record(format_args!("x"), 3),
+            "cvmm: 3 log lines suppressed\ncvmm: warn: x\n"
+        );
+    }
+
+    #[test]
     fn a_flood_is_cut_and_counted() {
         let mut budget = Budget {
             since: None,
@@ -116,9 +142,11 @@ mod tests {
             suppressed: 0,
         };
         let start = Instant::now();
-        let admitted = (0..BURST + 7).filter(|_| budget.admit(start).is_some()).count();
+        let admitted = (0..107).filter(|_| budget.admit(start).is_some()).count();
         assert_eq!(admitted, 100);
-        assert_eq!(budget.admit(start + PERIOD), Some(7));
-        assert_eq!(budget.admit(start + PERIOD), Some(0));
+        assert_eq!(budget.admit(start + Duration::from_millis(999)), None);
+        let later = start + Duration::from_secs(1);
+        assert_eq!(budget.admit(later), Some(8));
+        assert_eq!(budget.admit(later), Some(0));
     }
 }

@@ -248,6 +248,22 @@ fn memory_that_is_not_shared_is_refused_before_anything_begins() {
     });
 }
 
+/// 40 bytes for each: where it is, and the pin that keeps its page.
+#[test]
+fn an_operation_has_at_most_1024_pieces() {
+    each(1 << 20, |name, rig| {
+        let segments = [(Gpa(0x1000), 512); 1025];
+        let read = |count| Action::Read {
+            offset: 0,
+            segments: &segments[..count],
+        };
+        let refused = rig.engine.submit(&rig.mem, 1, read(1025));
+        assert_eq!(refused, Err(Refused::TooManySegments), "{name}");
+        assert_eq!(rig.run(read(1024)), Ok(()), "{name}");
+    });
+    assert_eq!(size_of::<libc::iovec>() + size_of::<crate::mem::Pin>(), 40);
+}
+
 #[test]
 fn no_more_operations_than_the_depth_and_all_of_them_finish() {
     each(1 << 20, |name, rig| {

@@ -217,3 +217,14 @@ fn a_pin_that_is_refused_counts_nothing() {
         }
     }
 }
+
+#[test]
+fn a_conversion_remembers_64_kib_for_each_gib() {
+    let all = range(0, 2 << 30);
+    let visible = VisibilityMap::new(&[all], Visibility::Shared);
+    // The first GiB is private by the time that both are named.
+    for bytes in [1 << 30, 2 << 30] {
+        let hidden = visible.hide(range(0, bytes)).0;
+        assert_eq!(size_of_val(hidden.as_slice()), 64 << 10);
+    }
+}

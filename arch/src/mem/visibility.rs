@@ -200,7 +200,7 @@ impl VisibilityMap {
 /// The frames that one [`VisibilityMap::hide`] took from the shared side.
 #[derive(Debug)]
 #[must_use]
-pub struct Hidden(Vec<(usize, u64)>);
+pub struct Hidden(pub(super) Vec<(usize, u64)>);
 
 /// The bitmap words that `range` touches, each with the mask of the range's bits in it.
 fn word_masks(range: PageRange) -> impl Iterator<Item = (usize, u64)> {

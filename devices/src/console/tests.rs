@@ -254,6 +254,8 @@ fn a_sender_is_held_back_and_loses_nothing() {
     writer.write_all(&sent).unwrap();
     settle(&console);
     assert!(!ready(&console, 0), "waits for the guest");
+    let waiting = rustix::io::ioctl_fionread(&writer).unwrap();
+    assert_eq!(60_000 - waiting, 16 << 10, "what the console took");
     drop(writer);
     assert_eq!(taken(&console), sent);
     assert!(!ready(&console, 0), "no spinning at the end of input");
@@ -359,6 +361,18 @@ fn a_terminal_is_raw_for_a_while_and_ctrl_a_x_quits() {
     assert!(cooked());
     drop(console);
     assert!(cooked());
+}
+
+/// A guest can fill the file system that its console's file is on; then its words are lost, and nothing else.
+#[test]
+fn a_full_disk_costs_the_guest_its_output() {
+    let console = Console::open(&ConsoleSpec::File("/dev/full".into())).unwrap();
+    for round in 1..100 {
+        console.put(&[b'x'; 4096]);
+        assert_eq!(console.dropped(), round * 4096);
+        assert_eq!(settle(&console), None);
+    }
+    assert!(!ready(&console, 20));
 }
 
 #[test]

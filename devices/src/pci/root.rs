@@ -198,7 +198,7 @@ mod tests {
         assert_eq!((slots[0].bar.start, slots[0].first_line), (0xc000_0000, 64));
         for pair in slots.windows(2) {
             assert_eq!(pair[0].bar.start + pair[0].bar.bytes, pair[1].bar.start);
-            assert_eq!(pair[0].first_line + LINES_PER_SLOT, pair[1].first_line);
+            assert_eq!(pair[0].first_line + 64, pair[1].first_line);
         }
         let last = slots[30].bar;
         assert!(u64::from(last.start + last.bytes) <= WINDOW_START + WINDOW_BYTES);

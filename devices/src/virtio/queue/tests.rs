@@ -8,6 +8,7 @@
 
 mod arithmetic;
 mod chains;
+mod limits;
 mod rings;
 
 use std::io::{Read, Write};

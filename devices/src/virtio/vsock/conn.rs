@@ -324,3 +324,27 @@ fn gather<'a>(
 }
 
 const _: () = assert!(BURST_MAX * 2 < MAX_PARTS);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_that_is_never_empty_stays_within_four_windows() {
+        const WINDOW: usize = 256 << 10;
+        let (near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let (mut outbox, mut part) = (Outbox::default(), [0; 40_000]);
+        for round in 0..500 {
+            // Filled in chunks that double the vector at its worst.
+            while outbox.len() < WINDOW {
+                let chunk = (WINDOW - outbox.len()).min(10_007);
+                outbox.read_from(io::repeat(1), chunk).unwrap();
+            }
+            assert!(outbox.bytes.capacity() <= 4 * WINDOW, "round {round}");
+            while outbox.flush(&near).unwrap() == 0 {
+                far.read_exact(&mut part).unwrap();
+            }
+        }
+    }
+}

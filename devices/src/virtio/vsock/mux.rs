@@ -51,7 +51,7 @@ enum Entry {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Awaited {
+pub(super) enum Awaited {
     Line(Token),
     Answer(Token),
     Reset(Token),
@@ -70,7 +70,7 @@ pub(super) struct Mux {
     pub(super) ready: VecDeque<Token>,
     resets: VecDeque<Key>,
     /// In order: every limit is equally long.
-    deadlines: VecDeque<(Instant, Awaited)>,
+    pub(super) deadlines: VecDeque<(Instant, Awaited)>,
     armed: Option<Instant>,
     /// Connections whose interest may have changed.
     touched: Vec<Token>,

@@ -1,6 +1,14 @@
-//! Rates of a disk.
+//! Rates of a disk, and how much it does at a time.
+
+use std::sync::atomic::AtomicU16;
+
+use arch::addr::Gpa;
+use arch::mem::Watch;
+use vm_memory::Permissions;
 
 use super::*;
+use crate::virtio::device::feature::INDIRECT_DESC;
+use crate::virtio::mock::INDIRECT;
 
 const OPERATIONS: u64 = 40;
 
@@ -69,4 +77,56 @@ fn a_disk_that_waits_does_not_ask_to_be_called() {
     }
     // One call for each token that came back, and for the engine's own notes.
     assert!(calls <= 3 * sent.len(), "{calls} calls");
+}
+
+/// A driver on another vCPU: at each look of the device at the ring there is one request more, up to a hundred.
+#[derive(Debug)]
+struct Eager {
+    mem: SharedMem,
+    index: u64,
+    offered: AtomicU16,
+}
+
+impl Watch for Eager {
+    fn before(&self, at: Gpa, _: u64, access: Permissions) {
+        if at.0 == self.index && access == Permissions::Read {
+            let offered = self.offered.fetch_add(1, Ordering::SeqCst) + 1;
+            self.mem
+                .write_obj(offered.min(100), GuestAddress(self.index))
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn one_call_serves_no_more_requests_than_the_queue_has_room_for() {
+    const TABLE: u64 = 0x60_0000;
+    let disk = Disk::open(disk_file(4096)).unwrap();
+    let engine = disk.inline_engine(QUEUE_SIZE);
+    let mut block = Block::new(disk, vec![engine], false, ID).unwrap();
+    assert_eq!(block.queue_sizes(), [512], "a driver may choose fewer");
+    let (mem, _) = memory();
+    let mut ring = MockRing::new(&mem, RING, 64);
+    mem.write_slice(&header(FLUSH, 0), GuestAddress(TABLE + 0x100))
+        .unwrap();
+    ring.put(TABLE, 0, TABLE + 0x100, 16, NEXT, 1);
+    ring.put(TABLE, 1, TABLE + 0x200, 1, WRITE, 0);
+    for head in 0..64 {
+        ring.descriptor(head, TABLE, 32, INDIRECT, 0);
+        ring.offer(head);
+    }
+    ring.set_available(0);
+    let eager = Eager {
+        index: ring.avail() + 2,
+        mem: mem.clone(),
+        offered: AtomicU16::new(0),
+    };
+    let watched = mem.watched(Arc::new(eager));
+    let (with, _) = activation(&watched, &[&ring], ALL | INDIRECT_DESC);
+    let mut running = block.activate(with).unwrap();
+    running.on_kick(0).unwrap();
+    assert_eq!((0..100).map_while(|_| ring.take_used()).count(), 64);
+    assert!(readable(&block, 0), "it asks to be called again");
+    running.on_backend().unwrap();
+    assert_eq!((0..100).map_while(|_| ring.take_used()).count(), 36);
 }

@@ -224,19 +224,6 @@ fn indirect_tables() {
 }
 
 #[test]
-fn sums_of_lengths_are_bounded() {
-    // C07: each buffer is fine, all together are more than a chain may describe.
-    let below = PRIVATE as u32;
-    let entries = (MAX_CHAIN_BYTES / u64::from(below)) as u16 + 1;
-    let table: Vec<Raw> = (0..entries).map(|i| (0, below, NEXT | WRITE, i + 1)).collect();
-    let direct = [(TABLE, u32::from(entries) * 16, INDIRECT, 0)];
-    assert_eq!(
-        pop(feature::INDIRECT_DESC, &direct, &table),
-        Err("TooLong".into())
-    );
-}
-
-#[test]
 fn c30_what_the_guest_writes_after_the_pop_is_never_looked_at() {
     let (mem, _) = memory();
     let mut ring = MockRing::new(&mem, RING, SIZE);
