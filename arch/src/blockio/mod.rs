@@ -107,7 +107,8 @@ pub trait Engine: Send + Debug {
     fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()>;
     /// Operations submitted and not returned yet.
     fn in_flight(&self) -> usize;
-    /// Finishes everything in flight and forgets it; false if the host did not get there within `limit`.
+    /// Finishes everything in flight and forgets it; false if the host did not get there within `limit`, and then the
+    /// notifier turns readable when more of it is over.
     fn quiesce(&mut self, limit: Duration) -> bool;
 }
 

@@ -128,6 +128,14 @@ impl Crew {
             finish_all(&self.file, waiting);
         }
     }
+
+    /// Takes back what no thread has begun for `outbox`; says how much.
+    fn recall(&self, outbox: &Arc<Outbox>) -> usize {
+        let mut jobs = lock(&self.board.jobs);
+        let before = jobs.waiting.len();
+        jobs.waiting.retain(|(_, to)| !Arc::ptr_eq(to, outbox));
+        before.saturating_sub(jobs.waiting.len())
+    }
 }
 
 fn finish_all(file: &File, waiting: VecDeque<(Flight, Arc<Outbox>)>) {
@@ -235,6 +243,8 @@ impl Engine for Pool {
     fn quiesce(&mut self, limit: Duration) -> bool {
         self.in_flight = self.in_flight.saturating_sub(self.submitted.len());
         self.submitted.clear();
+        let recalled = self.crew.recall(&self.outbox);
+        self.in_flight = self.in_flight.saturating_sub(recalled);
         let until = Instant::now().checked_add(limit);
         let mut done = lock(&self.outbox.done);
         loop {

@@ -364,6 +364,61 @@ fn a_dropped_engine_leaves_nothing_in_flight() {
 }
 
 #[test]
+fn an_engine_comes_to_rest_without_anybody_waiting_for_it() {
+    each(1 << 20, |name, rig| {
+        let all = PageRange::new(Gpa(0), RAM_BYTES).unwrap();
+        let segments = [(Gpa(0), RAM_BYTES as u32)];
+        for begun in [false, true] {
+            let read = Action::Read {
+                offset: 0,
+                segments: &segments,
+            };
+            rig.engine.submit(&rig.mem, 1, read).unwrap();
+            rig.engine.submit(&rig.mem, 2, Action::Flush).unwrap();
+            if begun {
+                rig.engine.run(&mut vec![]).unwrap();
+            }
+            loop {
+                rig.disk.acknowledge();
+                if rig.engine.quiesce(Duration::ZERO) {
+                    break;
+                }
+                wait_readable(&rig.disk, 5000);
+            }
+            assert_eq!(rig.engine.in_flight(), 0, "{name}");
+            assert!(rig.visible.drain(all, Duration::ZERO), "{name}");
+        }
+    });
+}
+
+#[test]
+fn what_no_thread_has_begun_is_taken_back() {
+    let file = temp_file(0).unwrap();
+    file.set_len(8192).unwrap();
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    let gate = std::sync::Mutex::new(gate);
+    let late: Enter = Arc::new(move || {
+        // Until the test drops the other end.
+        let _end = gate.lock().unwrap().recv();
+        Ok(())
+    });
+    let mut rig = Rig::new(&file, |disk| Ok(disk.inline_engine(8))).unwrap();
+    rig.engine = rig.disk.thread_engine(8, &late);
+    let segments = [(Gpa(0), 4096)];
+    let read = Action::Read {
+        offset: 0,
+        segments: &segments,
+    };
+    rig.engine.submit(&rig.mem, 1, read).unwrap();
+    rig.engine.run(&mut vec![]).unwrap();
+    assert!(rig.engine.quiesce(Duration::ZERO));
+    let page = PageRange::new(Gpa(0), 4096).unwrap();
+    assert!(rig.visible.drain(page, Duration::ZERO));
+    drop(go);
+    rig.run(read).unwrap();
+}
+
+#[test]
 fn what_the_host_refuses_is_an_error_of_that_operation_only() {
     for (name, make) in ENGINES {
         let mut rig = match Rig::new(&File::open("/proc/self/exe").unwrap(), make) {

@@ -217,13 +217,14 @@ impl Engine for Uring {
         let until = Instant::now().checked_add(limit);
         let mut forgotten = Vec::new();
         loop {
-            self.harvest(&mut forgotten);
+            // What came short, or was never begun, would not end by itself.
+            let begun = self.run(&mut forgotten);
             forgotten.clear();
             if self.in_flight() == 0 {
                 return true;
             }
             let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
-            if left.is_zero() || self.wait(left).is_err() {
+            if left.is_zero() || begun.and_then(|()| self.wait(left)).is_err() {
                 return false;
             }
         }

@@ -52,10 +52,10 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, with: Activation) -> io::Result<Box<dyn Running>>;
 }
 
-/// A device whose driver is up. Dropping it is the reset: no guest memory is touched once drop returns.
+/// A device whose driver is up. A reset is [`stop`](Self::stop) until that is true, then the drop.
 ///
-/// The transport calls each method under one [`SharedMem::batch`] guard, so work must be bounded; a device
-/// that has more to do returns with its backend descriptor readable.
+/// The transport calls `on_kick` and `on_backend` under one [`SharedMem::batch`] guard, so work must be bounded; a
+/// device that has more to do returns with its backend descriptor readable.
 pub trait Running: Send {
     /// The driver kicked `queue`.
     ///
@@ -67,4 +67,9 @@ pub trait Running: Send {
     /// # Errors
     /// As for [`on_kick`](Self::on_kick).
     fn on_backend(&mut self) -> Result<(), QueueBroken>;
+    /// Begins nothing any more and leaves the rings alone. True once nothing that was begun can touch guest memory any
+    /// more; until then the backend descriptor turns readable when it is worth asking again. Never waits.
+    fn stop(&mut self) -> bool {
+        true
+    }
 }

@@ -18,8 +18,8 @@ use crate::virtio::rate::Limit;
 
 /// Data that one call begins to move at most, in bytes, so that one queue does not starve other devices.
 const BYTES_PER_CALL: u64 = 16 << 20;
-/// How long a reset waits for the host's disk.
-const RESET_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of a machine waits for the host's disk.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// A guest may begin a driver's life as often as it likes.
 static GATE: LogGate = LogGate::new(1);
@@ -348,22 +348,33 @@ impl Running for RunningBlock {
         }
         Ok(())
     }
+
+    fn stop(&mut self) -> bool {
+        self.shared.disk.acknowledge();
+        self.shared.limit.acknowledge();
+        // Every engine is asked, so that the memory of all that is over can be converted.
+        let ask = |idle: bool, lane: &mut Lane| lane.engine.quiesce(Duration::ZERO) && idle;
+        self.lanes.iter_mut().fold(true, ask)
+    }
 }
 
+/// Waits only at the end of a machine: what was reset is idle.
 impl Drop for RunningBlock {
     fn drop(&mut self) {
-        let until = Instant::now().checked_add(RESET_LIMIT);
-        let left = || {
-            until.map_or(RESET_LIMIT, |until| {
-                until.saturating_duration_since(Instant::now())
-            })
-        };
+        let began = Instant::now();
         let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
         for mut lane in self.lanes.drain(..) {
-            if !lane.engine.quiesce(left()) {
-                log::warn!("the host's disk does not finish its operations; their memory stays pinned");
+            if lane.engine.quiesce(END_LIMIT.saturating_sub(began.elapsed())) {
+                home.push(lane.engine);
+            } else {
+                let seconds = END_LIMIT.as_secs();
+                log::warn!(
+                    "the host's disk has not finished its operations within {seconds} s, and the machine ends without \
+                     them; their memory stays pinned"
+                );
+                // Dropping it would wait once more.
+                std::mem::forget(lane.engine);
             }
-            home.push(lane.engine);
         }
         self.shared.disk.acknowledge();
     }

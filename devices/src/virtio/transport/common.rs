@@ -26,7 +26,7 @@ const DEMANDED_FEATURES: u64 = feature::VERSION_1 | feature::ACCESS_PLATFORM;
 /// What a write to the structure asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Request {
-    /// Drop what runs; the registers are back at their initial values already.
+    /// Stop what runs, then call [`Registers::reset`].
     Reset,
     /// Start the device.
     Start,
@@ -96,6 +96,12 @@ impl Registers {
 
     pub(super) fn config_vector(&self) -> u16 {
         self.config_vector
+    }
+
+    /// Everything is back at its initial value, which the driver sees from the status.
+    pub(super) fn reset(&mut self) {
+        let sizes: Vec<u16> = self.queues.iter().map(|q| q.max).collect();
+        *self = Self::new(self.offered, &sizes, self.vectors);
     }
 
     /// The device cannot go on; only a reset helps.
@@ -206,8 +212,6 @@ impl Registers {
 
     fn set_status(&mut self, value: u8) -> Option<Request> {
         if value == 0 {
-            let sizes: Vec<u16> = self.queues.iter().map(|q| q.max).collect();
-            *self = Self::new(self.offered, &sizes, self.vectors);
             return Some(Request::Reset);
         }
         // Bits are added one after the other and taken away only by a reset.

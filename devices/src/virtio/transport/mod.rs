@@ -3,18 +3,23 @@
 //! [`VirtioPci`] carries one [`VirtioDevice`]. vCPU threads reach it through the PCI root (configuration space)
 //! and the MMIO bus (its BAR); the event thread through [`VirtioPci::on_event`]. One mutex serialises them. It is
 //! taken inside those of the buses and outside that of the MSI-X table, and never together with a memory
-//! batch that outlives a device's own work: starting, resetting and dropping a device happen without a batch,
+//! batch that outlives a device's own work: starting, stopping and dropping a device happen without a batch,
 //! so a device may join threads then that use guest memory.
+//!
+//! Nobody waits for a reset but the driver: until the host has finished what the device began, the status keeps its
+//! value (virtio 1.2, "Common configuration structure layout", `device_status`: 0 once the reset is done).
 
+mod access;
 mod common;
 mod config;
 mod fault;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arch::addr::Gpa;
 use arch::mem::SharedMem;
@@ -23,12 +28,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Activation, Running, VirtioDevice};
 use super::queue::{QueueBroken, QueueIrq, VirtQueue};
-use crate::bus::{Bus, BusConflict, BusDevice};
+use crate::bus::{Bus, BusConflict};
 use crate::pci::msix::{Interrupts, Msix};
-use crate::pci::root::{BusFull, LINES_PER_SLOT, PciFunction, PciRoot, Slot};
+use crate::pci::root::{BusFull, LINES_PER_SLOT, PciRoot, Slot};
 
-use common::{QueueRegisters, Registers, Request};
-use config::{Face, NOTIFY_BYTES, Part};
+use common::{QueueRegisters, Registers};
+use config::{Face, Part};
 use fault::FaultLog;
 pub use fault::{Cause, Fault, Observer};
 
@@ -36,6 +41,9 @@ pub use fault::{Cause, Fault, Observer};
 pub const BACKEND: u16 = 0xffff;
 /// Most queues of one device.
 pub const MAX_QUEUES: usize = 256;
+
+/// A reset that takes longer is worth a word, and so is as long again.
+const SLOW_RESET: Duration = Duration::from_secs(10);
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -123,6 +131,10 @@ struct Core {
 struct State {
     device: Box<dyn VirtioDevice>,
     running: Option<Box<dyn Running>>,
+    /// What ran and is stopped, while the host still works for it.
+    leaving: Option<Box<dyn Running>>,
+    /// The driver waits for a reset, which takes place once nothing is leaving; since when, or since it was logged.
+    resetting: Option<Instant>,
     registers: Registers,
     face: Face,
     /// Queues whose kicks were wired up, as far as the host lets us.
@@ -204,6 +216,8 @@ impl VirtioPci {
             registers: Registers::new(device.features(), sizes, vectors),
             face: Face::new(device.id(), count as u64, vectors, &slot),
             running: None,
+            leaving: None,
+            resetting: None,
             connected: vec![false; count],
             faults: FaultLog::default(),
             device,
@@ -242,8 +256,8 @@ impl VirtioPci {
         Ok(())
     }
 
-    /// The event thread saw event `source`. Ignored while the device does not run: a spurious kick and one that
-    /// races with a reset are the guest's right.
+    /// The event thread saw event `source`. While the device does not run it means nothing but that a stopped one may be
+    /// ready to go: a spurious kick and one that races with a reset are the guest's right.
     pub fn on_event(&self, source: u16) {
         let core = &*self.0;
         let queue = usize::from(source);
@@ -252,6 +266,7 @@ impl VirtioPci {
         }
         let mut state = core.lock();
         let Some(running) = state.running.as_mut() else {
+            core.settle(&mut state);
             return;
         };
         let done = {
@@ -361,12 +376,38 @@ impl Core {
         gate.ctl(operation, backend.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))
     }
 
-    /// Drops what runs, if anything.
+    /// Stops what runs, if anything, and drops it as soon as the host lets it go.
     fn stop(&self, state: &mut State) {
         if let Some(running) = state.running.take() {
+            state.leaving = Some(running);
+        }
+        self.settle(state);
+    }
+
+    /// Drops what was stopped, if the host is done with it; then a reset that waits for that takes place.
+    fn settle(&self, state: &mut State) {
+        if let Some(leaving) = &mut state.leaving {
+            if !leaving.stop() {
+                self.complain(state);
+                return;
+            }
             // It fails only if the descriptor is gone, with the same result.
             let _ = self.set_gate(state, false);
-            drop(running);
+            state.leaving = None;
+        }
+        if state.resetting.take().is_some() {
+            state.registers.reset();
+        }
+    }
+
+    /// Says that a reset takes long, once in a while.
+    fn complain(&self, state: &mut State) {
+        if let Some(since) = &mut state.resetting
+            && since.elapsed() >= SLOW_RESET
+        {
+            *since = Instant::now();
+            let name = &self.name;
+            log::warn!("the reset of device {name} waits for the host to finish what the device began");
         }
     }
 
@@ -377,92 +418,5 @@ impl Core {
         state
             .faults
             .report(&self.name, cause, self.wires.observer.as_ref());
-    }
-
-    fn read_bar(&self, state: &State, offset: u64, data: &mut [u8]) {
-        data.fill(0xff);
-        match Part::at(offset, data.len()) {
-            Part::Common(at) => state.registers.read(at, data),
-            Part::Isr(0) if data.len() == 1 => data.fill(self.msix.take_isr()),
-            Part::Device(at) => {
-                data.fill(0);
-                state.device.read_config(at, data);
-            }
-            Part::Vectors(at) => self.msix.read_table(at, data),
-            Part::Pending(at) => self.msix.read_pending(at, data),
-            Part::Notify(_) | Part::Isr(_) | Part::Nothing => {}
-        }
-    }
-
-    fn write_bar(&self, state: &mut State, offset: u64, data: &[u8]) {
-        match Part::at(offset, data.len()) {
-            Part::Common(at) => match state.registers.write(at, data) {
-                Some(Request::Reset) => {
-                    self.stop(state);
-                    self.msix.forget();
-                }
-                Some(Request::Start) => self.start(state),
-                None => {}
-            },
-            Part::Notify(at) if at.is_multiple_of(NOTIFY_BYTES) => {
-                let queue = usize::try_from(at / NOTIFY_BYTES).unwrap_or(usize::MAX);
-                if let Some(kick) = self.kicks.get(queue) {
-                    let _ = kick.write(1);
-                }
-            }
-            Part::Device(at) => {
-                state.device.write_config(at, data);
-                state.registers.config_changed();
-            }
-            Part::Vectors(at) => self.msix.write_table(at, data),
-            Part::Notify(_) | Part::Isr(_) | Part::Pending(_) | Part::Nothing => {}
-        }
-    }
-}
-
-/// The BAR.
-impl BusDevice for VirtioPci {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let state = self.0.lock();
-        if state.face.space.memory_enabled() {
-            self.0.read_bar(&state, offset, data);
-        } else {
-            data.fill(0xff);
-        }
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let mut state = self.0.lock();
-        if state.face.space.memory_enabled() {
-            self.0.write_bar(&mut state, offset, data);
-        }
-    }
-}
-
-impl PciFunction for VirtioPci {
-    fn read_config(&mut self, at: usize, data: &mut [u8]) {
-        let state = self.0.lock();
-        state.face.space.read(at, data);
-        if let Some(window) = state.face.window(at) {
-            let mut value = [0; 4];
-            if let Some(part) = value.get_mut(..window.len) {
-                self.0.read_bar(&state, window.offset, part);
-            }
-            for (to, from) in data.iter_mut().zip(value) {
-                *to = from;
-            }
-        }
-    }
-
-    fn write_config(&mut self, at: usize, data: &[u8]) {
-        let mut state = self.0.lock();
-        state.face.space.write(at, data);
-        if let Some(window) = state.face.window(at)
-            && let Some(part) = data.get(..window.len)
-        {
-            self.0.write_bar(&mut state, window.offset, part);
-        }
-        let (enabled, masked) = state.face.msix_control();
-        self.0.msix.set_control(enabled, masked);
     }
 }

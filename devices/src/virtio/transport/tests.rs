@@ -31,7 +31,7 @@ const TOY_FEATURE: u64 = 1 << 5;
 
 /// Records what reaches KVM.
 #[derive(Debug, Default)]
-struct Lines {
+pub(crate) struct Lines {
     routes: Mutex<Vec<(u32, Option<MsiMessage>)>>,
     events: Mutex<Vec<(u32, EventFd)>>,
     kicks: Mutex<Vec<Gpa>>,
@@ -84,11 +84,14 @@ struct Toy {
     config: [u8; 8],
     alive: Arc<AtomicUsize>,
     refuse: bool,
+    /// The host still works for a driver that is gone.
+    busy: Arc<AtomicBool>,
     sizes: Vec<u16>,
     visible: Arc<VisibilityMap>,
 }
 
 struct RunningToy {
+    busy: Arc<AtomicBool>,
     mem: SharedMem,
     visible: Arc<VisibilityMap>,
     queues: Vec<Option<VirtQueue>>,
@@ -125,6 +128,7 @@ impl VirtioDevice for Toy {
         wait_for_batches(&self.visible);
         self.alive.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(RunningToy {
+            busy: Arc::clone(&self.busy),
             mem: with.mem,
             visible: Arc::clone(&self.visible),
             queues: with.queues,
@@ -167,6 +171,10 @@ impl Running for RunningToy {
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         self.on_kick(0)
     }
+    fn stop(&mut self) -> bool {
+        wait_for_batches(&self.visible);
+        !self.busy.load(Ordering::SeqCst)
+    }
 }
 
 impl Toy {
@@ -178,6 +186,7 @@ impl Toy {
             config: [1, 2, 3, 4, 5, 6, 7, 8],
             alive: Arc::clone(alive),
             refuse: false,
+            busy: Arc::default(),
             sizes: QUEUES.to_vec(),
             visible: Arc::clone(visible),
         };
@@ -185,7 +194,8 @@ impl Toy {
     }
 }
 
-fn wires(mem: &SharedMem, lines: &Arc<Lines>) -> Wires {
+/// Wires to `lines`.
+pub(crate) fn wires(mem: &SharedMem, lines: &Arc<Lines>) -> Wires {
     Wires {
         mem: mem.clone(),
         interrupts: lines.clone(),

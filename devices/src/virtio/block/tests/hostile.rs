@@ -37,11 +37,11 @@ fn a_chain_that_cannot_be_answered_breaks_the_queue() {
     }
 }
 
-/// An engine that starts nothing before the test says so.
+/// An engine that starts and finishes nothing before the test says so.
 #[derive(Debug)]
-struct Held {
-    inner: Box<dyn Engine>,
-    open: Arc<AtomicBool>,
+pub(super) struct Held {
+    pub(super) inner: Box<dyn Engine>,
+    pub(super) open: Arc<AtomicBool>,
 }
 
 impl Engine for Held {
@@ -58,7 +58,12 @@ impl Engine for Held {
         self.inner.in_flight()
     }
     fn quiesce(&mut self, limit: Duration) -> bool {
-        self.inner.quiesce(limit)
+        if self.open.load(Ordering::SeqCst) || self.in_flight() == 0 {
+            return self.inner.quiesce(limit);
+        }
+        // Whoever waits is found out, without making the test as slow.
+        std::thread::sleep(limit.min(Duration::from_secs(1)));
+        false
     }
 }
 

@@ -6,6 +6,7 @@ mod limits;
 mod measure;
 mod model;
 mod requests;
+mod reset;
 
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -339,6 +339,62 @@ fn the_backend_wakes_the_event_thread_only_while_the_device_runs() {
 }
 
 #[test]
+fn a_reset_that_the_host_holds_up_shows_in_the_status_until_it_is_done() {
+    let busy = Arc::new(AtomicBool::new(true));
+    let mut bench = Bench::with(|toy| toy.busy = busy.clone());
+    let epoll = bench.epoll();
+    let backend = 0x5_0000 + u64::from(BACKEND);
+    for breaks in [false, true] {
+        busy.store(true, Ordering::SeqCst);
+        bench.start();
+        bench.run_events(&epoll);
+        let mut running = 15;
+        if breaks {
+            bench.rings[0].set_available(65);
+            bench.pci.on_event(0);
+            running |= NEEDS_RESET;
+        }
+        bench.rings[1].send(&[b"A"], &[1]);
+        let registers =
+            |bench: &Bench| -> Vec<u64> { (0..0x38).step_by(2).map(|at| bench.common(at, 2)).collect() };
+        let before = registers(&bench);
+        assert_eq!(bench.set_status(0), running);
+        // A driver that does not wait is not heard, nor is what it kicks served.
+        for at in (0..0x38).step_by(4) {
+            bench.set_common(at, 4, 1);
+            bench.set_common(at, 2, 1);
+            bench.set_common(at, 1, 1);
+        }
+        bench.set(BAR + 0x3000, 1, 99);
+        for value in [1, 3, 11, 15, 0, 0] {
+            assert_eq!(bench.set_status(value), running);
+        }
+        bench.kick(1);
+        bench.run_events(&epoll);
+        assert_eq!(bench.rings[1].take_used(), None);
+        assert_eq!(registers(&bench), before);
+        assert_eq!(bench.get(BAR + 0x3000, 1), 1);
+        assert_eq!(bench.alive.load(Ordering::SeqCst), 1);
+        busy.store(false, Ordering::SeqCst);
+        assert_eq!(bench.status(), 0);
+        assert_eq!(bench.alive.load(Ordering::SeqCst), 0);
+        bench.start();
+        assert!(bench.answers());
+        // The backend's news ends a reset too, and does not keep the event thread awake then.
+        busy.store(true, Ordering::SeqCst);
+        bench.set_status(0);
+        bench.backend.write_all(b"x").unwrap();
+        assert!(bench.run_events(&epoll).contains(&backend));
+        assert_eq!(bench.alive.load(Ordering::SeqCst), 1);
+        busy.store(false, Ordering::SeqCst);
+        assert!(bench.run_events(&epoll).contains(&backend));
+        assert_eq!(bench.alive.load(Ordering::SeqCst), 0);
+        assert!(!bench.run_events(&epoll).contains(&backend));
+        assert_eq!(bench.status(), 0);
+    }
+}
+
+#[test]
 fn c24_ten_thousand_starts_leave_nothing_behind() {
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let mut bench = Bench::new();
