@@ -1,6 +1,7 @@
 //! A driver for any device, well-behaved as long as nobody makes it otherwise.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use crate::machine::{BAR, CONFIG, HIGH, LOW_END, Machine};
 
@@ -12,6 +13,9 @@ pub const QUEUES: u16 = 7;
 pub const BUFFERS: u64 = 0x2_0000;
 /// Bytes of one indirect table.
 const TABLE_BYTES: u64 = 512;
+
+/// Longer than any disk of these tests takes to finish what it began.
+const RESET_LIMIT: Duration = Duration::from_secs(10);
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -114,6 +118,10 @@ impl Guest {
         // Memory and bus mastering on, MSI-X on.
         machine.set(CONFIG + 4, &6_u16.to_le_bytes());
         set8(0x14, 0);
+        let until = Instant::now() + RESET_LIMIT;
+        while machine.get(BAR + 0x14, 1) != 0 {
+            assert!(Instant::now() < until, "the reset does not end");
+        }
         set8(0x14, 1);
         set8(0x14, 3);
         let mut features = 0;
