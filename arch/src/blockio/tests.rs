@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -472,6 +473,28 @@ fn only_files_and_block_devices_are_disks() {
     let file = temp_file(0).unwrap();
     file.set_len(1234).unwrap();
     assert_eq!(Disk::open(file).unwrap().geometry().bytes, 1234);
+}
+
+#[test]
+fn a_disk_has_four_threads_however_many_queues_and_operations() {
+    let entered = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&entered);
+    let enter: Enter = Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    });
+    let file = temp_file(0).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let disk = Disk::open(file).unwrap();
+    let engines: Vec<_> = (0..16).map(|_| disk.thread_engine(8, &enter)).collect();
+    let until = Instant::now() + LONG;
+    while entered.load(Ordering::SeqCst) < 4 {
+        assert!(Instant::now() < until, "too few threads");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(entered.load(Ordering::SeqCst), 4);
+    drop(engines);
 }
 
 /// A disk works although none of its threads may.

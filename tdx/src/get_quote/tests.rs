@@ -249,6 +249,22 @@ fn requests_in_flight_are_counted_and_none_shares_a_buffer() {
 }
 
 #[test]
+fn a_request_has_25_seconds_and_linux_waits_for_30() {
+    let mut rig = Rig::new(None);
+    let (queue, jobs) = sync_channel(1);
+    rig.service.worker = Some(Worker {
+        queue: Some(queue),
+        stop: Arc::new(Stop::new().unwrap()),
+        thread: None,
+    });
+    let time = Duration::from_secs(25);
+    let before = Instant::now();
+    assert_eq!(rig.service.request(BUFFER, SIZE), ReplyCode::Success);
+    let until = jobs.recv().unwrap().until;
+    assert!((before + time..=Instant::now() + time).contains(&until));
+}
+
+#[test]
 fn the_report_is_read_once() {
     let qgs = Gated::new("once");
     let rig = Rig::new(qgs.address());
