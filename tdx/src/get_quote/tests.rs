@@ -153,12 +153,13 @@ fn buffers_that_cannot_be_used_are_refused_untouched() {
     let rig = Rig::new(None);
     rig.hide(0x10000);
     rig.ask(0xf000, 1);
+    rig.ask(0x20000, 1);
     let cases = [
         ("no size", BUFFER, 0),
         ("size of less than a request", BUFFER, 0x400),
         ("size in bytes", BUFFER, 0x1800),
         ("unaligned", BUFFER + 8, SIZE),
-        ("longer than the limit", BUFFER, (128 << 10) + 0x1000),
+        ("longer than the limit", 0x20000, (128 << 10) + 0x1000),
         ("all memory", BUFFER, u64::MAX & !0xfff),
         ("wraps", u64::MAX & !0xfff, 0x2000),
         ("past the end of RAM", RAM - 0x1000, 0x2000),
@@ -172,7 +173,6 @@ fn buffers_that_cannot_be_used_are_refused_untouched() {
     }
     assert_eq!((rig.status(BUFFER), rig.status(0xf000)), (0, 0));
     assert_eq!(rig.rings.load(Ordering::SeqCst), 0);
-    rig.ask(0x20000, 1);
     assert_eq!(rig.service.request(0x20000, 128 << 10), ReplyCode::Success);
 }
 
