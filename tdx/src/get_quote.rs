@@ -338,8 +338,25 @@ impl Drop for Worker {
     }
 }
 
+/// When something was last said.
+#[derive(Debug, Default)]
+struct Ration(Option<Instant>);
+
+impl Ration {
+    /// True if it may be said at `now`; then it is quiet for [`QUIET_TIME`].
+    fn admits(&mut self, now: Instant) -> bool {
+        let admitted = self
+            .0
+            .is_none_or(|last| now.saturating_duration_since(last) >= QUIET_TIME);
+        if admitted {
+            self.0 = Some(now);
+        }
+        admitted
+    }
+}
+
 fn work(qgs: &Qgs, desk: &Desk, jobs: &Receiver<Job>, stop: &Stop) {
-    let mut quiet_until = Instant::now();
+    let mut failures = Ration::default();
     for job in jobs {
         let bytes = job.slot.buffer.bytes();
         let room = usize::try_from(bytes).unwrap_or(0).saturating_sub(Header::BYTES);
@@ -348,10 +365,9 @@ fn work(qgs: &Qgs, desk: &Desk, jobs: &Receiver<Job>, stop: &Stop) {
             return;
         }
         if let Err(e) = &outcome
-            && Instant::now() >= quiet_until
+            && failures.admits(Instant::now())
         {
             log::warn!("quote service {}: {e}", qgs.address());
-            quiet_until = Instant::now().checked_add(QUIET_TIME).unwrap_or(quiet_until);
         }
         desk.close(job.slot, outcome.as_deref().map_err(QgsError::status));
     }

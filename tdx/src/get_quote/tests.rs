@@ -265,6 +265,13 @@ fn a_request_has_25_seconds_and_linux_waits_for_30() {
 }
 
 #[test]
+fn failures_are_told_of_once_in_ten_seconds() {
+    let (mut ration, start) = (Ration::default(), Instant::now());
+    let told = (0..30_000).filter(|ms| ration.admits(start + Duration::from_millis(*ms)));
+    assert_eq!(told.collect::<Vec<_>>(), [0, 10_000, 20_000]);
+}
+
+#[test]
 fn the_report_is_read_once() {
     let qgs = Gated::new("once");
     let rig = Rig::new(qgs.address());
