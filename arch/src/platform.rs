@@ -62,11 +62,19 @@ impl LaunchPlan {
         vcpus: &mut [Vcpu],
     ) -> Result<Box<dyn Sealed>, PlatformError> {
         for page in &mut self.pages {
+            log::debug!(
+                "launch: \"{}\" at {:#x}, {} bytes, {:?}",
+                page.name,
+                page.range.start().0,
+                page.range.bytes(),
+                page.kind
+            );
             launch.add_page(page)?;
         }
         for (vcpu, state) in vcpus.iter_mut().zip(&self.vcpus) {
             launch.add_vcpu(vcpu, state)?;
         }
+        log::debug!("launch: {} vCPUs; measuring", self.vcpus.len());
         launch.seal()
     }
 }

@@ -9,26 +9,47 @@ pub const VM_TYPE: u64 = 5;
 
 /// The piece that is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}; {}", self.found(), self.remedy())]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum Missing {
-    #[error("this CPU has no TDX; it takes an Intel Xeon of the 5th generation or later")]
     Cpu,
-    #[error(
-        "the kernel sees no TDX in this CPU; it takes an Intel Xeon of the 5th generation or later, with TME-MK, TDX \
-         and TDX key ids enabled in the BIOS, and a kernel with CONFIG_INTEL_TDX_HOST=y"
-    )]
     Bios,
-    #[error("the module kvm_intel is not loaded; load it: modprobe kvm_intel tdx=1")]
     KvmIntel,
-    #[error("this kernel's KVM has no TDX; it takes Linux 6.16 or later with CONFIG_KVM_INTEL_TDX=y")]
     Kernel,
-    #[error(
-        "kvm_intel has TDX off; load it with tdx=1 (modprobe kvm_intel tdx=1), and if that does not help look for \
-         \"tdx\" in the kernel log: hibernation must be off (nohibernate), and the TDX module must be loaded"
-    )]
     Parameter,
-    #[error("KVM creates no TDs although kvm_intel has TDX on; look for \"tdx\" in the kernel log")]
     Module,
+}
+
+impl Missing {
+    /// What was found.
+    pub const fn found(self) -> &'static str {
+        match self {
+            Self::Cpu => "this CPU has no TDX",
+            Self::Bios => "the kernel sees no TDX in this CPU",
+            Self::KvmIntel => "the module kvm_intel is not loaded",
+            Self::Kernel => "this kernel's KVM has no TDX",
+            Self::Parameter => "kvm_intel has TDX off",
+            Self::Module => "KVM creates no TDs although kvm_intel has TDX on",
+        }
+    }
+
+    /// What to do.
+    pub const fn remedy(self) -> &'static str {
+        match self {
+            Self::Cpu => "it takes an Intel Xeon of the 5th generation or later",
+            Self::Bios => {
+                "it takes an Intel Xeon of the 5th generation or later, with TME-MK, TDX and TDX key ids enabled in the \
+                 BIOS, and a kernel with CONFIG_INTEL_TDX_HOST=y"
+            }
+            Self::KvmIntel => "load it: modprobe kvm_intel tdx=1",
+            Self::Kernel => "it takes Linux 6.16 or later with CONFIG_KVM_INTEL_TDX=y",
+            Self::Parameter => {
+                "load it with tdx=1 (modprobe kvm_intel tdx=1), and if that does not help look for \"tdx\" in the kernel \
+                 log: hibernation must be off (nohibernate), and the TDX module must be loaded"
+            }
+            Self::Module => "look for \"tdx\" in the kernel log",
+        }
+    }
 }
 
 /// Checks what there is, from the CPU upwards. `root` is `/`; `vm_types` is `KVM_CAP_VM_TYPES`.

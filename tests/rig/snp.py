@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import hardware
 import soft
 from host import RIG, output
 
@@ -187,7 +188,22 @@ def conversions_leave_nothing_behind(host):
     return host.run_tests("vmm", "conversions")
 
 
+def doctor_finds_a_host_for_snp(host):
+    """This L1 runs ordinary guests too, and lacks TDX."""
+    code, text = host.shell("/root/cvmm doctor --for snp", check=False)
+    assert code == 0 and re.search(r"soft .*: +yes\n.*snp .*: +yes\n.*tdx .*: +no", text), text
+    assert re.findall(r"(?m)^missing +(\S+)", text) == ["tdx.cpu"], text
+
+
+def hardware_check_finds_what_was_predicted(host):
+    """The command for people with real hardware, with the guest of one vCPU alone: on this host two double the time, and
+    another test has them."""
+    return hardware.judged(host, cpus=(1,))
+
+
 TESTS = [
+    doctor_finds_a_host_for_snp,
+    hardware_check_finds_what_was_predicted,
     kvm_and_firmware_answer_as_the_model_says,
     conversions_leave_nothing_behind,
     a_stock_kernel_is_what_was_predicted,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hardware
 import soft
 from host import RIG, ROOT, output
 
@@ -139,7 +140,22 @@ def kvm_and_module_answer_as_the_model_says(host):
     return host.run_tests("tdx", "live")
 
 
+def doctor_finds_a_host_for_tdx(host):
+    """An ordinary VM cannot run on this host; that decides nothing about TDs."""
+    code, text = host.shell("/root/cvmm doctor --for tdx", check=False)
+    assert code == 0 and re.search(r"soft .*: +no\n.*snp .*: +no\n.*tdx .*: +yes", text), text
+    assert re.findall(r"(?m)^missing +(\S+)", text) == ["kvm.stock-guest", "snp.cpu"], text
+
+
+def hardware_check_finds_what_was_predicted(host):
+    """The command for people with real hardware, with the guest of one vCPU alone: on this host two double the time, and
+    another test has them."""
+    return hardware.judged(host, cpus=(1,))
+
+
 TESTS = [
+    doctor_finds_a_host_for_tdx,
+    hardware_check_finds_what_was_predicted,
     kvm_and_module_answer_as_the_model_says,
     what_the_host_does_not_allow_is_said,
     a_stock_kernel_is_what_was_predicted,

@@ -6,7 +6,7 @@ use std::path::Path;
 use arch::kvm::system::{Capabilities, Host};
 
 use super::probe::{self, Outcome, Step};
-use super::report::{ALL, Check, KVM_ALONE, PRIVATE, Report};
+use super::report::{ALL, Check, PRIVATE, Report, SOFT};
 use super::{snp, system, tdx};
 
 /// Device that everything hangs on.
@@ -17,6 +17,8 @@ const API_VERSION: i32 = 12;
 const ATTRIBUTE_PRIVATE: u32 = 8;
 /// `KVM_HC_MAP_GPA_RANGE`.
 const MAP_GPA_RANGE: u32 = 12;
+/// Types `snp` and `tdx`.
+const CONFIDENTIAL: u32 = 0b11_0000;
 const VM_TYPES: [&str; 6] = ["default", "sw-protected", "sev", "sev-es", "snp", "tdx"];
 
 /// Looks at everything. Takes a few milliseconds, and a few seconds on a host that hangs.
@@ -37,7 +39,9 @@ pub(super) fn examine() -> Report {
             checks.extend(kvm(&capabilities));
             checks.push(stock_guest(&probe::run(), &modules));
             checks.extend(snp::checks(&host, &capabilities, &cpuinfo));
-            checks.extend(tdx::checks(&host, &capabilities, &cpuinfo));
+            checks.extend(tdx::checks(Path::new("/"), capabilities.vm_types, || {
+                tdx::ask(&host)
+            }));
         }
     }
     checks.extend(system::checks());
@@ -151,17 +155,20 @@ fn kvm(has: &Capabilities) -> Vec<Check> {
         Check::ok("kvm.vm-types", names.join(" ")),
         Check::ok("kvm.max-vcpus", has.max_vcpus.to_string()),
     ];
-    checks.extend(capabilities.map(|(name, there, needed_by, lack)| {
+    // Where KVM creates no confidential VMs it may offer nothing for them either; the lack to tell of is another one.
+    let private = has.vm_types & CONFIDENTIAL != 0;
+    for (name, there, needed_by, lack) in capabilities {
         if there {
-            Check::ok(name, "yes")
-        } else {
-            Check::missing(name, needed_by, lack, update)
+            checks.push(Check::ok(name, "yes"));
+        } else if private || needed_by != PRIVATE {
+            checks.push(Check::missing(name, needed_by, lack, update));
         }
-    }));
+    }
     checks
 }
 
-/// Judges what the tiny guest did.
+/// Judges what the tiny guest did. That is an ordinary VM, and says nothing about confidential ones: what they need is
+/// asked of KVM, firmware and module themselves, and a host may run them alone.
 fn stock_guest(outcome: &Outcome, modules: &[&str]) -> Check {
     let name = "kvm.stock-guest";
     let pvm = modules.contains(&"kvm_pvm");
@@ -176,19 +183,19 @@ fn stock_guest(outcome: &Outcome, modules: &[&str]) -> Check {
         Outcome::Good => Check::ok(name, "a guest with an SSE instruction and a hypercall ran"),
         Outcome::Failed { doing, cause } => Check::missing(
             name,
-            KVM_ALONE,
+            SOFT,
             format!("{doing}: {cause}"),
             "see the kernel log (`dmesg | grep -i kvm`)",
         ),
         Outcome::Stuck { at: Step::Start, how } => Check::missing(
             name,
-            KVM_ALONE,
+            SOFT,
             format!("{kind} runs no 64-bit guest code: it {how}"),
             "see the kernel log (`dmesg | grep -i kvm`)",
         ),
         Outcome::Stuck { at: Step::Sse, how } => Check::missing(
             name,
-            KVM_ALONE,
+            SOFT,
             format!("{kind} emulates guest kernel code and {how} at an SSE instruction"),
             elsewhere,
         ),
@@ -197,7 +204,7 @@ fn stock_guest(outcome: &Outcome, modules: &[&str]) -> Check {
             how,
         } => Check::missing(
             name,
-            KVM_ALONE,
+            SOFT,
             format!("on {kind} a guest's hypercall {how}"),
             elsewhere,
         ),
@@ -239,6 +246,8 @@ mod tests {
             ..good()
         };
         assert_eq!(lacking(&old), ["kvm.guest-memfd", "kvm.memory-attributes"]);
+        let plain = Capabilities { vm_types: 1, ..old };
+        assert_eq!(lacking(&plain), [""; 0]);
         let deaf = Capabilities {
             exit_hypercall: 1,
             ..good()
@@ -271,7 +280,10 @@ mod tests {
             assert!(check.found.contains(says), "{}", check.found);
             let report = Report::new("6.12".into(), vec![check]);
             assert_eq!(report.usable.soft, status == Status::Ok);
-            assert!(report.usable.tdx, "the TDX module runs its guests");
+            assert!(
+                report.usable.tdx && report.usable.snp,
+                "an ordinary VM decides for soft alone"
+            );
         }
     }
 

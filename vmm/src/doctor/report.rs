@@ -60,8 +60,7 @@ pub struct Check {
 }
 
 pub(super) const ALL: &[&str] = &["soft", "snp", "tdx"];
-/// Those whose guests any KVM must be able to run; that of a TD is the module's matter.
-pub(super) const KVM_ALONE: &[&str] = &["soft", "snp"];
+pub(super) const SOFT: &[&str] = &["soft"];
 pub(super) const PRIVATE: &[&str] = &["snp", "tdx"];
 pub(super) const SNP: &[&str] = &["snp"];
 pub(super) const TDX: &[&str] = &["tdx"];
@@ -100,6 +99,19 @@ impl Check {
     }
 }
 
+/// The checks up to the first that is missing: whatever follows would only repeat that, so nobody looks.
+pub(super) fn up_to_the_first_lack(checks: impl IntoIterator<Item = Check>) -> Vec<Check> {
+    let mut found = Vec::new();
+    for check in checks {
+        let lacks = check.status == Status::Missing;
+        found.push(check);
+        if lacks {
+            break;
+        }
+    }
+    found
+}
+
 impl Report {
     /// Decides from the checks what can run.
     pub(super) fn new(kernel: String, checks: Vec<Check>) -> Self {
@@ -130,7 +142,12 @@ impl fmt::Display for Report {
                 Status::Warn => "warn   ",
                 Status::Missing => "missing",
             };
-            writeln!(to, "{mark}  {:<22} {}", check.name, check.found)?;
+            let decides = if check.needed_by.is_empty() {
+                String::new()
+            } else {
+                format!(" (needed by {})", check.needed_by.join(", "))
+            };
+            writeln!(to, "{mark}  {:<22} {}{decides}", check.name, check.found)?;
             if let Some(remedy) = &check.remedy {
                 writeln!(to, "{:32}-> {remedy}", "")?;
             }
@@ -182,7 +199,7 @@ mod tests {
     fn text_shows_each_remedy_under_its_check() {
         let text = report().to_string();
         assert!(text.contains(
-            "missing  snp.cpu                no SNP\n                                -> take another\n"
+            "missing  snp.cpu                no SNP (needed by snp)\n                                -> take another\n"
         ));
         assert!(text.ends_with("  tdx  (Intel TDX):     yes\n"));
     }

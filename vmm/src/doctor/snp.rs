@@ -8,7 +8,7 @@ use arch::kvm::system::{Capabilities, Host};
 use snp::host::{Offered, PlatformStatus, VM_TYPE};
 
 use super::checks::owner;
-use super::report::{Check, SNP};
+use super::report::{Check, SNP, Status, up_to_the_first_lack};
 use super::system;
 
 const DEVICE: &str = "/dev/sev";
@@ -18,31 +18,25 @@ const SNP_BIT: u32 = 1 << 4;
 
 pub(super) fn checks(host: &Host, has: &Capabilities, cpuinfo: &str) -> Vec<Check> {
     let leaf = if __cpuid(0x8000_0000).eax >= LEAF {
-        __cpuid(LEAF)
+        Some(__cpuid(LEAF))
     } else {
-        __cpuid(0)
+        None
     };
-    let in_cpu = __cpuid(0x8000_0000).eax >= LEAF && leaf.eax & SNP_BIT != 0;
-    let mut checks = vec![cpu(in_cpu, system::has_flag(cpuinfo, "sev_snp"))];
+    let in_cpu = leaf.is_some_and(|leaf| leaf.eax & SNP_BIT != 0);
     let parameter = |name| system::read(&format!("/sys/module/kvm_amd/parameters/{name}"));
-    checks.push(kvm_amd([
-        parameter("sev"),
-        parameter("sev_es"),
-        parameter("sev_snp"),
-    ]));
+    let parameters = ["sev", "sev_es", "sev_snp"].map(parameter);
     let offered = u64::from(has.vm_types) >> VM_TYPE & 1 != 0;
-    checks.push(vm_type(offered));
-    if !offered {
-        // Whatever follows would only repeat that.
-        return checks;
+    let mut checks = up_to_the_first_lack([
+        cpu(in_cpu, system::has_flag(cpuinfo, "sev_snp")),
+        kvm_amd(parameters),
+        vm_type(offered),
+    ]);
+    if checks.iter().all(|check| check.status == Status::Ok) {
+        let capacity = system::read("/sys/fs/cgroup/misc.capacity");
+        checks.push(features(Offered::ask(host)));
+        checks.push(asids(leaf.map_or((0, 0), |leaf| (leaf.ecx, leaf.edx)), &capacity));
+        checks.extend(device());
     }
-    checks.push(features(Offered::ask(host)));
-    checks.push(asids(
-        leaf.ecx,
-        leaf.edx,
-        &system::read("/sys/fs/cgroup/misc.capacity"),
-    ));
-    checks.extend(device());
     checks
 }
 
@@ -98,7 +92,7 @@ fn vm_type(offered: bool) -> Check {
             "snp.vm-type",
             SNP,
             "KVM creates no SNP guests",
-            "mend the checks above; the kernel must be Linux 6.11 or later with CONFIG_KVM_AMD_SEV=y",
+            "it takes Linux 6.11 or later with CONFIG_KVM_AMD_SEV=y",
         )
     }
 }
@@ -113,7 +107,7 @@ fn features(offered: Offered) -> Check {
 }
 
 /// `first_sev` is the lowest ASID of a plain SEV guest; those below it are for SEV-ES and SNP.
-fn asids(total: u32, first_sev: u32, misc_capacity: &str) -> Check {
+fn asids((total, first_sev): (u32, u32), misc_capacity: &str) -> Check {
     let for_snp = first_sev.saturating_sub(1).min(total);
     let limit = misc_capacity
         .lines()
@@ -198,8 +192,41 @@ fn firmware(status: &PlatformStatus) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use super::super::report::Status;
+    use super::super::report::Report;
     use super::*;
+
+    #[test]
+    fn each_lack_is_told_once_with_its_remedy_and_decides() {
+        let on = || [(); 3].map(|()| "Y\n".to_owned());
+        let off = || ["Y\n", "Y\n", "N\n"].map(str::to_owned);
+        let none = || [(); 3].map(|()| String::new());
+        let cases = [
+            ([cpu(false, false), kvm_amd(none()), vm_type(false)], "snp.cpu"),
+            ([cpu(true, false), kvm_amd(off()), vm_type(false)], "snp.cpu"),
+            ([cpu(true, true), kvm_amd(none()), vm_type(false)], "snp.kvm-amd"),
+            ([cpu(true, true), kvm_amd(off()), vm_type(false)], "snp.kvm-amd"),
+            ([cpu(true, true), kvm_amd(on()), vm_type(false)], "snp.vm-type"),
+        ];
+        for (rungs, name) in cases {
+            let report = Report::new("7.2".into(), up_to_the_first_lack(rungs));
+            let lacks: Vec<_> = report
+                .checks
+                .iter()
+                .filter(|c| c.status == Status::Missing)
+                .collect();
+            let [lack] = *lacks else {
+                panic!("{name}: {lacks:?}")
+            };
+            assert!(lack.name == name && lack.remedy.is_some(), "{lack:?}");
+            assert!(
+                !report.usable.snp && report.usable.tdx && report.usable.soft,
+                "{name}"
+            );
+        }
+        let good = up_to_the_first_lack([cpu(true, true), kvm_amd(on()), vm_type(true)]);
+        assert_eq!(good.len(), 3);
+        assert!(Report::new("7.2".into(), good).usable.snp);
+    }
 
     #[test]
     fn each_piece_is_named() {
@@ -231,9 +258,13 @@ mod tests {
                 Status::Ok,
                 "sev=Y sev_es=Y sev_snp=Y",
             ),
-            (asids(509, 1, ""), Status::Missing, "0 of 509 key ids are for SNP"),
             (
-                asids(509, 100, "sev 410\nsev_es 99\n"),
+                asids((509, 1), ""),
+                Status::Missing,
+                "0 of 509 key ids are for SNP",
+            ),
+            (
+                asids((509, 100), "sev 410\nsev_es 99\n"),
                 Status::Ok,
                 "99 of 509 key ids are for SNP; the misc controller counts 99",
             ),

@@ -1,31 +1,44 @@
 //! Intel TDX, piece by piece.
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 
-use arch::kvm::system::{Capabilities, Host};
+use arch::kvm::system::Host;
 use arch::kvm::vm::Vm;
 use tdx::commands::Capabilities as Offered;
-use tdx::host::VM_TYPE;
+use tdx::host::{self, Missing, VM_TYPE};
 use tdx::ioctl::KvmTdx;
 use tdx::launch;
 
-use super::report::{Check, TDX};
-use super::system;
+use super::report::{Check, TDX, up_to_the_first_lack};
 
-pub(super) fn checks(host: &Host, has: &Capabilities, cpuinfo: &str) -> Vec<Check> {
-    let parameter = system::read("/sys/module/kvm_intel/parameters/tdx");
-    let offered = u64::from(has.vm_types) >> VM_TYPE & 1 != 0;
-    let mut checks = vec![
-        cpu(system::has_flag(cpuinfo, "tdx_host_platform")),
-        kvm_intel(parameter.trim()),
-        vm_type(offered),
-    ];
-    if !offered {
-        // Whatever follows would only repeat that.
-        return checks;
+/// From the CPU upwards, in the order of [`host::check`].
+const RUNGS: [(&str, &str); 3] = [
+    ("tdx.cpu", "CPU and kernel have TDX"),
+    ("tdx.kvm-intel", "tdx=Y"),
+    ("tdx.vm-type", "KVM creates TDs"),
+];
+
+/// Looks at all that TDX needs of its own. `root` is `/`; `vm_types` is `KVM_CAP_VM_TYPES`; `ask` is [`ask`].
+pub(super) fn checks(
+    root: &Path,
+    vm_types: u32,
+    ask: impl FnOnce() -> Result<Offered, String>,
+) -> Vec<Check> {
+    if let Err(missing) = host::check(root, vm_types) {
+        return up_to_the_first_lack(RUNGS.map(|(name, good)| {
+            if name == rung(missing) {
+                Check::missing(name, TDX, missing.found(), missing.remedy())
+            } else {
+                Check::ok(name, good)
+            }
+        }));
     }
-    checks.push(key_ids(&system::read("/sys/fs/cgroup/misc.capacity")));
-    checks.push(match ask(host) {
+    let mut checks: Vec<_> = RUNGS.map(|(name, good)| Check::ok(name, good)).into();
+    let capacity = fs::read_to_string(root.join("sys/fs/cgroup/misc.capacity"));
+    checks.push(key_ids(&capacity.unwrap_or_default()));
+    checks.push(match ask() {
         Ok(offered) => offers(&offered),
         Err(why) => Check::missing(
             "tdx.offers",
@@ -37,8 +50,17 @@ pub(super) fn checks(host: &Host, has: &Capabilities, cpuinfo: &str) -> Vec<Chec
     checks
 }
 
+/// The check that tells of a piece.
+const fn rung(missing: Missing) -> &'static str {
+    match missing {
+        Missing::Cpu | Missing::Bios => "tdx.cpu",
+        Missing::KvmIntel | Missing::Kernel | Missing::Parameter => "tdx.kvm-intel",
+        Missing::Module => "tdx.vm-type",
+    }
+}
+
 /// What a scratch VM's module and KVM offer.
-fn ask(host: &Host) -> Result<Offered, String> {
+pub(super) fn ask(host: &Host) -> Result<Offered, String> {
     let vm = Vm::create(host, VM_TYPE).map_err(|e| format!("no TD can be created: {e}"))?;
     launch::capabilities(&mut KvmTdx::new(Arc::new(vm))).map_err(|e| e.to_string())
 }
@@ -75,52 +97,11 @@ fn key_ids(misc_capacity: &str) -> Check {
     }
 }
 
-fn cpu(there: bool) -> Check {
-    if there {
-        return Check::ok("tdx.cpu", "CPU and kernel have TDX");
-    }
-    Check::missing(
-        "tdx.cpu",
-        TDX,
-        "the kernel sees no TDX (flag tdx_host_platform)",
-        "take a Xeon of the 5th generation or later, enable TME-MK and TDX in the firmware, and a kernel with \
-         CONFIG_INTEL_TDX_HOST=y",
-    )
-}
-
-fn kvm_intel(parameter: &str) -> Check {
-    match parameter {
-        "Y" | "1" => Check::ok("tdx.kvm-intel", "tdx=Y"),
-        "" => Check::missing(
-            "tdx.kvm-intel",
-            TDX,
-            "kvm_intel is not loaded, or has no TDX",
-            "load kvm_intel of Linux 6.16 or later with CONFIG_KVM_INTEL_TDX=y",
-        ),
-        other => Check::missing(
-            "tdx.kvm-intel",
-            TDX,
-            format!("tdx={other}"),
-            "load it with `modprobe kvm_intel tdx=1` and boot with nohibernate; see `dmesg | grep -i tdx`",
-        ),
-    }
-}
-
-fn vm_type(offered: bool) -> Check {
-    if offered {
-        return Check::ok("tdx.vm-type", "KVM creates TDX guests");
-    }
-    Check::missing(
-        "tdx.vm-type",
-        TDX,
-        "KVM creates no TDX guests",
-        "mend the checks above",
-    )
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::report::Status;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::super::report::{Report, Status};
     use super::*;
 
     fn with(attributes: u64) -> Offered {
@@ -131,23 +112,182 @@ mod tests {
         }
     }
 
+    const INTEL: &str = "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n";
+    const XEON: &str = "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx tdx_host_platform\n";
+
+    /// A host's files under a temporary root, and what its KVM answers.
+    struct FakeHost {
+        cpuinfo: &'static str,
+        parameter: Option<&'static str>,
+        vm_types: u32,
+        capacity: &'static str,
+        module: Result<u64, &'static str>,
+    }
+
+    const GOOD: FakeHost = FakeHost {
+        cpuinfo: XEON,
+        parameter: Some("Y\n"),
+        vm_types: 0x21,
+        capacity: "tdx 31\n",
+        module: Ok(1 << 28),
+    };
+
+    impl FakeHost {
+        fn checks(&self) -> Vec<Check> {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let root = std::env::temp_dir().join(format!("cvmm-doctor-{}-{number}", std::process::id()));
+            let write = |path: &str, text| {
+                let path = root.join(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            };
+            write("proc/cpuinfo", self.cpuinfo);
+            write("sys/fs/cgroup/misc.capacity", self.capacity);
+            if let Some(parameter) = self.parameter {
+                write("sys/module/kvm_intel/parameters/tdx", parameter);
+            }
+            let checks = checks(&root, self.vm_types, || {
+                self.module.map(with).map_err(str::to_owned)
+            });
+            fs::remove_dir_all(root).unwrap();
+            checks
+        }
+    }
+
+    #[test]
+    fn each_lack_is_told_once_with_its_remedy_and_decides() {
+        let cases = [
+            (
+                FakeHost {
+                    cpuinfo: "",
+                    vm_types: 1,
+                    ..GOOD
+                },
+                "tdx.cpu",
+                "no TDX",
+                "5th generation",
+            ),
+            (
+                FakeHost {
+                    cpuinfo: INTEL,
+                    vm_types: 1,
+                    ..GOOD
+                },
+                "tdx.cpu",
+                "sees no TDX",
+                "CONFIG_INTEL_TDX_HOST=y",
+            ),
+            (
+                FakeHost {
+                    parameter: None,
+                    vm_types: 1,
+                    ..GOOD
+                },
+                "tdx.kvm-intel",
+                "not loaded",
+                "modprobe kvm_intel tdx=1",
+            ),
+            (
+                FakeHost {
+                    parameter: Some("N\n"),
+                    vm_types: 1,
+                    ..GOOD
+                },
+                "tdx.kvm-intel",
+                "off",
+                "nohibernate",
+            ),
+            (
+                FakeHost { vm_types: 1, ..GOOD },
+                "tdx.vm-type",
+                "creates no TDs",
+                "kernel log",
+            ),
+            (
+                FakeHost {
+                    capacity: "tdx 0\n",
+                    ..GOOD
+                },
+                "tdx.key-ids",
+                "no key ids",
+                "firmware",
+            ),
+            (
+                FakeHost {
+                    module: Err("EIO"),
+                    ..GOOD
+                },
+                "tdx.offers",
+                "EIO",
+                "initialised",
+            ),
+            (
+                FakeHost {
+                    module: Ok(0),
+                    ..GOOD
+                },
+                "tdx.offers",
+                "SEPT_VE_DISABLE",
+                "update the TDX module",
+            ),
+        ];
+        for (host, name, found, remedy) in cases {
+            let report = Report::new("7.2".into(), host.checks());
+            let lacks: Vec<_> = report
+                .checks
+                .iter()
+                .filter(|c| c.status == Status::Missing)
+                .collect();
+            let [lack] = *lacks else {
+                panic!("{name}: {lacks:?}")
+            };
+            assert_eq!(lack.name, name);
+            assert!(lack.found.contains(found), "{}", lack.found);
+            assert!(
+                lack.remedy.as_ref().unwrap().contains(remedy),
+                "{:?}",
+                lack.remedy
+            );
+            assert!(
+                !report.usable.tdx && report.usable.snp && report.usable.soft,
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn where_kvm_creates_tds_the_files_of_the_system_decide_nothing() {
+        // As in a container without /sys.
+        let bare = FakeHost {
+            cpuinfo: "",
+            parameter: None,
+            capacity: "",
+            ..GOOD
+        };
+        for host in [GOOD, bare] {
+            let checks = host.checks();
+            assert!(
+                checks.iter().all(|check| check.status == Status::Ok),
+                "{checks:?}"
+            );
+            let names: Vec<_> = checks.iter().map(|check| check.name).collect();
+            assert_eq!(
+                names,
+                [
+                    "tdx.cpu",
+                    "tdx.kvm-intel",
+                    "tdx.vm-type",
+                    "tdx.key-ids",
+                    "tdx.offers"
+                ]
+            );
+        }
+    }
+
     #[test]
     fn each_piece_is_named() {
         let cases = [
-            (cpu(true), Status::Ok, "CPU and kernel have TDX"),
-            (
-                cpu(false),
-                Status::Missing,
-                "the kernel sees no TDX (flag tdx_host_platform)",
-            ),
-            (kvm_intel("Y"), Status::Ok, "tdx=Y"),
-            (kvm_intel("N"), Status::Missing, "tdx=N"),
-            (
-                kvm_intel(""),
-                Status::Missing,
-                "kvm_intel is not loaded, or has no TDX",
-            ),
-            (vm_type(false), Status::Missing, "KVM creates no TDX guests"),
             (key_ids("sev 0\ntdx 31\n"), Status::Ok, "31 TDs at a time"),
             (
                 key_ids("tdx 0\n"),
