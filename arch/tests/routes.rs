@@ -1,7 +1,5 @@
 //! Interrupt routes on a real VM. Without /dev/kvm it fails: there is no VM to route in.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
 use std::path::Path;
 
 use arch::kvm::system::Host;

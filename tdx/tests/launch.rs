@@ -1,6 +1,12 @@
 //! The whole launch on the model, command by command, against a recorded trace: every field of every command, and the
 //! contents of every page by their hash. A difference is a change of what cvmm asks of KVM, and must be wanted.
 //! `BLESS=1 cargo test -p tdx --test launch` records it anew.
+#![expect(
+    clippy::unwrap_used,
+    clippy::arithmetic_side_effects,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test stops at the first surprise"
+)]
 
 use std::fmt::Write as _;
 use std::fs;

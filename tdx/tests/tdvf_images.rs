@@ -7,6 +7,7 @@
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects,
     clippy::cast_possible_truncation,
+    clippy::too_many_lines,
     reason = "a test stops at the first surprise"
 )]
 

@@ -113,25 +113,17 @@ impl Log for Sink {
 mod tests {
     use super::*;
 
+    fn line(message: &str, suppressed: u64) -> String {
+        let mut record = Record::builder();
+        record.level(log::Level::Warn);
+        text(&record.args(format_args!("{message}")).build(), suppressed)
+    }
+
     #[test]
     fn the_words_of_a_guest_stay_on_their_line() {
-        let record = |args, suppressed| {
-            text(
-                &Record::builder().level(log::Level::Warn).args(args).build(),
-                suppressed,
-            )
-        };
-        assert_eq!(
-            record(
-                format_args!("it says \"{}\"", "a\ncvmm: error: b\r\x1b[2J\u{9b}c"),
-                0
-            ),
-            "cvmm: warn: it says \"a cvmm: error: b  [2J c\"\n"
-        );
-        assert_eq!(
-            record(format_args!("x"), 3),
-            "cvmm: 3 log lines suppressed\ncvmm: warn: x\n"
-        );
+        let said = line("a\ncvmm: error: b\r\x1b[2J\u{9b}c", 0);
+        assert_eq!(said, "cvmm: warn: a cvmm: error: b  [2J c\n");
+        assert_eq!(line("x", 3), "cvmm: 3 log lines suppressed\ncvmm: warn: x\n");
     }
 
     #[test]

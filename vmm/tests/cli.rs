@@ -1,4 +1,10 @@
 //! The program as a shell or an orchestrator meets it: exit codes, one-line messages, JSON.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "a test stops at the first surprise"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, pipe};

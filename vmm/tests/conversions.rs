@@ -1,11 +1,7 @@
 //! Conversions on a real VM: an SNP one where the host has SNP (the emulated host of `scripts/rig --snp`), an ordinary
 //! one elsewhere. Without /dev/kvm it fails: there is no machine for cvmm to test on.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::fs;
 use std::path::Path;

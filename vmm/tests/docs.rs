@@ -1,5 +1,6 @@
 //! The manual pages and docs/process.md say what the program does. `BLESS=1 cargo test -p vmm --test docs` writes
 //! them anew.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,11 @@
 //! The whole program, unmodified, from its command line to the guest's first instructions, on hosts with SNP and
 //! TDX that are models (`tests/interpose`). An ordinary VM of this host's KVM runs what the guest runs, so without
 //! /dev/kvm these tests fail.
+#![expect(
+    clippy::unwrap_used,
+    clippy::too_many_lines,
+    reason = "a test stops at the first surprise"
+)]
 
 use std::fs;
 use std::path::Path;

@@ -4,6 +4,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
+    clippy::wildcard_enum_match_arm,
     reason = "a test stops at the first surprise"
 )]
 
@@ -183,7 +184,7 @@ fn a_long_range_changes_sides_in_chunks_of_two_mebibytes() {
 #[test]
 fn a_guest_that_is_interrupted_goes_on_where_it_was() {
     let mut machine = Machine::new();
-    let end = SHARED | 9 * MIB;
+    let end = SHARED | (9 * MIB);
     let mut at = SHARED | MIB;
     let mut calls = 0;
     loop {

@@ -219,7 +219,7 @@ impl Run {
                 .collect(),
             _ => vec![],
         };
-        let memory = Memory::new(plan, fields, |liar| Arc::<Liar>::clone(liar));
+        let memory = Memory::new(plan, fields, Arc::<Liar>::clone);
         let (subject, mut lies) = (case.build)(&memory);
         lies.extend(subject.rings.iter().flat_map(ring_lies));
         Self {

@@ -156,7 +156,7 @@ fn a_buffer_that_is_none_is_an_invalid_operand() {
         (0x4001, 0x2000),
         (0x4000, 0),
         (0x4000, 0x1001),
-        (0x4000, u64::MAX & !0xfff),
+        (0x4000, !0xfff),
         (RAM, 0x2000),
         (RAM - 0x1000, 0x2000),
         (0x8000, 0x2000),

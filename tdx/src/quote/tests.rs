@@ -136,7 +136,7 @@ fn what_is_no_quote_is_named() {
         (with(chain + 2, &long), QuoteError::Short("certificates")),
     ];
     for (bytes, error) in cases {
-        assert_eq!(parse(&bytes), Err(error.clone()), "{error}");
+        assert_eq!(parse(&bytes), Err(error), "{error}");
     }
     for cut in 0..V4_BYTES {
         assert!(parse(&V4[..cut]).is_err(), "cut at {cut}");

@@ -62,7 +62,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         (0x238, &[0xff, 7, 0, 0]),
     ];
     for (at, bytes) in fields {
-        file[at..at + bytes.len()].copy_from_slice(bytes);
+        file[at..][..bytes.len()].copy_from_slice(bytes);
     }
     file
 }

@@ -38,7 +38,7 @@ fn case_27_map_gpa_in_chunks_tdx_map_gpa_tdx_complete_vmcall_map_gpa() {
     model.call(0, call);
     assert_eq!(
         model.complete(0, 0, true),
-        guest(1, SHARED | at + (2 << 20)),
+        guest(1, SHARED | (at + (2 << 20))),
         "an interrupt is pending"
     );
     for (ret, expected) in [

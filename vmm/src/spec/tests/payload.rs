@@ -3,6 +3,7 @@
 use super::*;
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table may be long")]
 fn kernel_and_initrd() {
     let place = Place::new("payload");
     fs::write(place.path("text"), "hello").unwrap();
