@@ -155,84 +155,75 @@ mod tests {
         }
     }
 
+    /// A host without the type of VM that KVM creates TDs by.
+    const TYPELESS: FakeHost = FakeHost { vm_types: 1, ..GOOD };
+
+    /// What is broken on which host, the check that tells of it, and words of what it finds and of its remedy.
+    type Lack = (
+        FakeHost,
+        fn(&mut FakeHost),
+        &'static str,
+        &'static str,
+        &'static str,
+    );
+
+    const LACKS: [Lack; 8] = [
+        (
+            TYPELESS,
+            |h| h.cpuinfo = "",
+            "tdx.cpu",
+            "no TDX",
+            "5th generation",
+        ),
+        (
+            TYPELESS,
+            |h| h.cpuinfo = INTEL,
+            "tdx.cpu",
+            "sees no TDX",
+            "CONFIG_INTEL_TDX_HOST=y",
+        ),
+        (
+            TYPELESS,
+            |h| h.parameter = None,
+            "tdx.kvm-intel",
+            "not loaded",
+            "modprobe kvm_intel tdx=1",
+        ),
+        (
+            TYPELESS,
+            |h| h.parameter = Some("N\n"),
+            "tdx.kvm-intel",
+            "off",
+            "nohibernate",
+        ),
+        (TYPELESS, |_| (), "tdx.vm-type", "creates no TDs", "kernel log"),
+        (
+            GOOD,
+            |h| h.capacity = "tdx 0\n",
+            "tdx.key-ids",
+            "no key ids",
+            "firmware",
+        ),
+        (
+            GOOD,
+            |h| h.module = Err("EIO"),
+            "tdx.offers",
+            "EIO",
+            "initialised",
+        ),
+        (
+            GOOD,
+            |h| h.module = Ok(0),
+            "tdx.offers",
+            "SEPT_VE_DISABLE",
+            "update the TDX module",
+        ),
+    ];
+
     #[test]
     fn each_lack_is_told_once_with_its_remedy_and_decides() {
-        let cases = [
-            (
-                FakeHost {
-                    cpuinfo: "",
-                    vm_types: 1,
-                    ..GOOD
-                },
-                "tdx.cpu",
-                "no TDX",
-                "5th generation",
-            ),
-            (
-                FakeHost {
-                    cpuinfo: INTEL,
-                    vm_types: 1,
-                    ..GOOD
-                },
-                "tdx.cpu",
-                "sees no TDX",
-                "CONFIG_INTEL_TDX_HOST=y",
-            ),
-            (
-                FakeHost {
-                    parameter: None,
-                    vm_types: 1,
-                    ..GOOD
-                },
-                "tdx.kvm-intel",
-                "not loaded",
-                "modprobe kvm_intel tdx=1",
-            ),
-            (
-                FakeHost {
-                    parameter: Some("N\n"),
-                    vm_types: 1,
-                    ..GOOD
-                },
-                "tdx.kvm-intel",
-                "off",
-                "nohibernate",
-            ),
-            (
-                FakeHost { vm_types: 1, ..GOOD },
-                "tdx.vm-type",
-                "creates no TDs",
-                "kernel log",
-            ),
-            (
-                FakeHost {
-                    capacity: "tdx 0\n",
-                    ..GOOD
-                },
-                "tdx.key-ids",
-                "no key ids",
-                "firmware",
-            ),
-            (
-                FakeHost {
-                    module: Err("EIO"),
-                    ..GOOD
-                },
-                "tdx.offers",
-                "EIO",
-                "initialised",
-            ),
-            (
-                FakeHost {
-                    module: Ok(0),
-                    ..GOOD
-                },
-                "tdx.offers",
-                "SEPT_VE_DISABLE",
-                "update the TDX module",
-            ),
-        ];
-        for (host, name, found, remedy) in cases {
+        for (mut host, spoil, name, found, remedy) in LACKS {
+            spoil(&mut host);
             let report = Report::new("7.2".into(), host.checks());
             let lacks: Vec<_> = report
                 .checks
