@@ -181,10 +181,14 @@ const TMPFS_MAGIC: u32 = 0x0102_1994;
 const RAMFS_MAGIC: u32 = 0x8584_58f6;
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
 
-/// Runs the next system call of `flight` in this thread: bytes, zero, or a negative errno.
-pub(super) fn call(file: &File, flight: &Flight) -> i32 {
+/// Bytes of a file that are freed or zeroed in the time in which one is copied, at the least.
+const FREED_FOR_ONE: u64 = 16;
+
+/// Runs the next system call of `flight` in this thread, for as long as `limit` bytes take to copy, if it is not shorter
+/// than a piece: bytes, zero for all, or a negative errno.
+pub(super) fn call(file: &File, flight: &Flight, limit: u64) -> i32 {
     let fd = file.as_raw_fd();
-    let pieces = flight.pieces();
+    let pieces = flight.front(limit);
     let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
     let rc = match flight.work() {
         Work::Read { offset } => {
@@ -206,13 +210,16 @@ pub(super) fn call(file: &File, flight: &Flight) -> i32 {
         Work::Allocate {
             offset, bytes, mode, ..
         } => {
-            let (Ok(offset), Ok(bytes)) = (libc::off_t::try_from(offset), libc::off_t::try_from(bytes))
+            let part = bytes.min(limit.saturating_mul(FREED_FOR_ONE));
+            let (Ok(offset), Ok(length)) = (libc::off_t::try_from(offset), libc::off_t::try_from(part))
             else {
                 return -libc::EINVAL;
             };
             // SAFETY: no memory is named.
-            let rc = unsafe { libc::fallocate(fd, mode, offset, bytes) };
-            libc::ssize_t::try_from(rc).unwrap_or(-1)
+            match unsafe { libc::fallocate(fd, mode, offset, length) } {
+                0 if part < bytes => libc::ssize_t::try_from(part).unwrap_or(libc::ssize_t::MAX),
+                rc => libc::ssize_t::try_from(rc).unwrap_or(-1),
+            }
         }
     };
     if rc < 0 {

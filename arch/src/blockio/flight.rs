@@ -14,6 +14,8 @@ use crate::mem::{Pin, SharedMem};
 
 /// `IOV_MAX` of Linux.
 const MAX_PIECES: usize = 1024;
+/// Most bytes of one piece. The 1 GiB that a request may have adds 256 pieces to those that the guest made.
+pub(super) const PIECE_BYTES: usize = 4 << 20;
 /// Times that one operation is tried again without progress.
 const MAX_RETRIES: u8 = 64;
 /// `RWF_DSYNC`.
@@ -107,13 +109,16 @@ impl Flight {
         let count = usize::try_from(bytes).map_err(|_| not_shared)?;
         for slice in GuestMemoryBackend::get_slices(&**mem.mapping(), GuestAddress(start.0), count) {
             let slice = slice.map_err(|_| not_shared)?;
-            if self.pieces.len() >= MAX_PIECES {
-                return Err(Refused::TooManySegments);
+            let start = slice.ptr_guard_mut().as_ptr();
+            for at in (0..slice.len()).step_by(PIECE_BYTES) {
+                if self.pieces.len() >= MAX_PIECES {
+                    return Err(Refused::TooManySegments);
+                }
+                self.pieces.push(libc::iovec {
+                    iov_base: start.wrapping_byte_add(at).cast(),
+                    iov_len: slice.len().saturating_sub(at).min(PIECE_BYTES),
+                });
             }
-            self.pieces.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            });
         }
         Ok(pin)
     }
@@ -126,6 +131,19 @@ impl Flight {
     /// The pieces of memory that are left. They stay where they are until [`settle`](Self::settle).
     pub(super) fn pieces(&self) -> &[libc::iovec] {
         self.pieces.get(self.first..).unwrap_or_default()
+    }
+
+    /// Those of [`pieces`](Self::pieces) that come first and have `limit` bytes at most, but always one.
+    pub(super) fn front(&self, limit: u64) -> &[libc::iovec] {
+        let pieces = self.pieces();
+        let mut left = limit;
+        let fits = |piece: &&libc::iovec| {
+            let rest = left.checked_sub(piece.iov_len as u64);
+            left = rest.unwrap_or(left);
+            rest.is_some()
+        };
+        let count = pieces.iter().take_while(fits).count().max(1);
+        pieces.get(..count).unwrap_or_default()
     }
 
     /// Takes the result of the system call: bytes, zero, or a negative errno.
@@ -146,6 +164,11 @@ impl Flight {
 
     fn progress(&mut self, moved: u64) -> Step {
         let (offset, at_end) = match &mut self.work {
+            Work::Allocate { offset, bytes, .. } if (1..*bytes).contains(&moved) => {
+                *offset = offset.saturating_add(moved);
+                *bytes = bytes.saturating_sub(moved);
+                return Step::Again;
+            }
             Work::Allocate { durable: true, .. } => {
                 self.work = Work::Flush;
                 return Step::Again;
@@ -272,6 +295,16 @@ mod tests {
         }
         assert_eq!(read.work(), Work::Read { offset: 4096 + 199 });
         assert!(matches!(read.settle(1), Step::Over(Ok(()))));
+    }
+
+    #[test]
+    fn a_part_is_as_many_pieces_as_fit_but_always_one() {
+        let mut read = flight(Work::Read { offset: 0 });
+        for (limit, expected) in [(0, 1), (99, 1), (100, 1), (199, 1), (200, 2), (u64::MAX, 2)] {
+            assert_eq!(read.front(limit).len(), expected, "{limit}");
+        }
+        assert!(matches!(read.settle(200), Step::Over(Ok(()))));
+        assert_eq!(read.front(u64::MAX).len(), 0);
     }
 
     #[test]

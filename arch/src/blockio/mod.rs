@@ -99,12 +99,12 @@ pub trait Engine: Send + Debug {
     /// # Errors
     /// Nothing was begun, and no completion will come.
     fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused>;
-    /// Starts all that was submitted, then appends what finished to `done`. Does not block, except for an
-    /// operation on a file that lives in memory.
+    /// Starts all that was submitted, then appends what finished to `done`. Does not block. On a file that lives in
+    /// memory this thread does the work, a bounded part of it: true if some is left, for which the notifier stays silent.
     ///
     /// # Errors
     /// The host refuses to start operations; they stay queued for the next call.
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()>;
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool>;
     /// Operations submitted and not returned yet.
     fn in_flight(&self) -> usize;
     /// Finishes everything in flight and forgets it; false if the host did not get there within `limit`, and then the

@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::call;
-use super::flight::{Flight, Step};
+use super::flight::{Flight, PIECE_BYTES, Step, Work};
 use super::{Action, DROP_LIMIT, Done, Engine, Enter, Refused};
 use crate::mem::SharedMem;
 
 /// Threads for one disk.
 const THREADS: usize = 4;
+/// What one run moves in the calling thread, which holds up conversions meanwhile, in bytes: a few milliseconds of copying.
+const BYTES_PER_RUN: u64 = PIECE_BYTES as u64;
 /// Stack of such a thread in bytes; it holds a few frames and a system call.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -62,7 +64,7 @@ pub(super) enum Place {
 pub(super) struct Pool {
     crew: Arc<Crew>,
     outbox: Arc<Outbox>,
-    submitted: Vec<Flight>,
+    submitted: VecDeque<Flight>,
     depth: usize,
     in_flight: usize,
     place: Place,
@@ -75,7 +77,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Runs `flight` to its end in this thread.
 fn finish(file: &File, mut flight: Flight) -> Done {
     loop {
-        let result = call(file, &flight);
+        let result = call(file, &flight, u64::MAX);
         if let Step::Over(result) = flight.settle(result) {
             return flight.done(result);
         }
@@ -202,11 +204,33 @@ impl Pool {
                 arrived: Condvar::new(),
                 notify,
             }),
-            submitted: Vec::new(),
+            submitted: VecDeque::new(),
             depth: usize::from(depth),
             in_flight: 0,
             place,
         }
+    }
+
+    /// Does a bounded part of what was submitted in this thread; true if some is left.
+    fn work(&mut self, done: &mut Vec<Done>) -> bool {
+        let mut left = BYTES_PER_RUN;
+        while let Some(flight) = self.submitted.front_mut() {
+            if left == 0 {
+                return true;
+            }
+            let allocates = matches!(flight.work(), Work::Allocate { .. });
+            let result = call(&self.crew.file, flight, left);
+            left = match u64::try_from(result) {
+                _ if allocates => 0,
+                Ok(moved) => left.saturating_sub(moved),
+                Err(_) => left,
+            };
+            if let Step::Over(result) = flight.settle(result) {
+                let over = self.submitted.pop_front();
+                done.extend(over.map(|flight| flight.done(result)));
+            }
+        }
+        false
     }
 }
 
@@ -215,16 +239,16 @@ impl Engine for Pool {
         if self.in_flight >= self.depth {
             return Err(Refused::Full);
         }
-        self.submitted.push(Flight::new(mem, tag, action)?);
+        self.submitted.push_back(Flight::new(mem, tag, action)?);
         self.in_flight = self.in_flight.saturating_add(1);
         Ok(())
     }
 
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
         let before = done.len();
+        let mut more = false;
         if self.place == Place::Caller {
-            let file = &self.crew.file;
-            done.extend(self.submitted.drain(..).map(|flight| finish(file, flight)));
+            more = self.work(done);
         } else {
             if !self.submitted.is_empty() {
                 self.crew.assign(self.submitted.drain(..), &self.outbox);
@@ -233,7 +257,7 @@ impl Engine for Pool {
         }
         let finished = done.len().saturating_sub(before);
         self.in_flight = self.in_flight.saturating_sub(finished);
-        Ok(())
+        Ok(more)
     }
 
     fn in_flight(&self) -> usize {

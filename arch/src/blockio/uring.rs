@@ -14,7 +14,7 @@ use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, register::Restriction};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::flight::{Flight, Step, Work};
+use super::flight::{Flight, PIECE_BYTES, Step, Work};
 use super::{Action, DROP_LIMIT, Done, Engine, Refused};
 use crate::mem::SharedMem;
 
@@ -58,6 +58,7 @@ impl Uring {
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_op(opcode::Fallocate::CODE),
             Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+            Restriction::sqe_flags_allowed(Flags::ASYNC.bits()),
         ];
         submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
@@ -152,7 +153,11 @@ fn entry(flight: &Flight) -> Entry {
     let pieces = flight.pieces();
     // At most `MAX_PIECES`.
     let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
-    match flight.work() {
+    // What the page cache holds is copied by whoever submits, who holds up conversions: one of the kernel's threads for
+    // what is large.
+    let is_large = flight.front(PIECE_BYTES as u64).len() < pieces.len();
+    let flags = if is_large { Flags::ASYNC } else { Flags::empty() };
+    let entry = match flight.work() {
         Work::Read { offset } => opcode::Readv::new(DISK, pieces.as_ptr(), count)
             .offset(offset)
             .build(),
@@ -167,7 +172,8 @@ fn entry(flight: &Flight) -> Entry {
             .offset(offset)
             .mode(mode)
             .build(),
-    }
+    };
+    entry.flags(flags)
 }
 
 impl Engine for Uring {
@@ -193,7 +199,7 @@ impl Engine for Uring {
         Ok(())
     }
 
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
         // What completes during the submission is taken right here and needs no wake-up.
         self.ring.completion().disable_eventfd();
         let mut result = self.start();
@@ -206,7 +212,7 @@ impl Engine for Uring {
         if self.harvest(done) {
             result = result.and(self.start());
         }
-        result
+        result.map(|()| false)
     }
 
     fn in_flight(&self) -> usize {
@@ -224,7 +230,7 @@ impl Engine for Uring {
                 return true;
             }
             let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
-            if left.is_zero() || begun.and_then(|()| self.wait(left)).is_err() {
+            if left.is_zero() || begun.and_then(|_| self.wait(left)).is_err() {
                 return false;
             }
         }

@@ -232,8 +232,13 @@ impl Lane {
 
     /// Lets the engine work and answers what is finished.
     fn answer_all(&mut self, shared: &Shared, queue: &mut VirtQueue) -> Result<(), QueueBroken> {
-        if let Err(e) = self.engine.run(&mut self.done) {
-            self.complain(&e);
+        match self.engine.run(&mut self.done) {
+            Ok(true) => {
+                self.left = Left::More;
+                shared.disk.wake();
+            }
+            Ok(false) => {}
+            Err(e) => self.complain(&e),
         }
         let mut done = std::mem::take(&mut self.done);
         for Done { tag, result } in done.drain(..) {

@@ -48,10 +48,10 @@ impl Engine for Held {
     fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused> {
         self.inner.submit(mem, tag, action)
     }
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
         match self.open.load(Ordering::SeqCst) {
             true => self.inner.run(done),
-            false => Ok(()),
+            false => Ok(false),
         }
     }
     fn in_flight(&self) -> usize {

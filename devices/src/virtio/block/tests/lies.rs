@@ -18,7 +18,7 @@ impl Engine for Counted {
         self.1.store(self.0.in_flight(), Ordering::SeqCst);
         result
     }
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
         let result = self.0.run(done);
         self.1.store(self.0.in_flight(), Ordering::SeqCst);
         result

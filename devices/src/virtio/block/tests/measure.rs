@@ -81,3 +81,49 @@ fn cost_of_opening() {
         );
     }
 }
+
+/// The longest time for which one request of 796 MiB, or a range of 2 GiB to be zeroed, holds up conversions.
+#[test]
+#[ignore = "a measurement, run by hand"]
+fn longest_turn() {
+    let block = vec![5; 64 << 20];
+    for (name, make) in ENGINES {
+        for (what, kind) in [("read", IN), ("write", OUT), ("zero", WRITE_ZEROES)] {
+            let file = disk_file(512);
+            for at in (0..2 << 30).step_by(block.len()) {
+                file.write_all_at(&block, at).unwrap();
+            }
+            let mut rig = Rig::open(&file, false, ALL, make).unwrap();
+            rig.ring = MockRing::new(&rig.mem, RING, 256);
+            let (with, _) = activation(&rig.mem, &[&rig.ring], ALL);
+            rig.running = None;
+            rig.running = Some(rig.block.activate(with).unwrap());
+            if kind == WRITE_ZEROES {
+                rig.ring.send(&[&header(kind, 0), &range(0, 4 << 20, 1)], &[1]);
+            } else {
+                let at = rig.ring.buffer(32);
+                rig.mem.write_slice(&header(kind, 0), GuestAddress(at)).unwrap();
+                let flags = if kind == IN { WRITE } else { 0 };
+                rig.ring.descriptor(0, at, 16, NEXT, 1);
+                for i in 1..200 {
+                    rig.ring.descriptor(i, 0x80_0000, 4 << 20, flags | NEXT, i + 1);
+                }
+                rig.ring.descriptor(200, at + 16, 1, WRITE, 0);
+                rig.ring.offer(0);
+            }
+            let (mut longest, mut turns, mut began) = (Duration::ZERO, 1, Instant::now());
+            rig.kick().unwrap();
+            loop {
+                longest = longest.max(began.elapsed());
+                if rig.ring.take_used().is_some() {
+                    break;
+                }
+                while !readable(&rig.block, 100) {}
+                turns += 1;
+                began = Instant::now();
+                rig.backend().unwrap();
+            }
+            println!("{name:9} {what:5} longest of {turns} turns: {longest:?}");
+        }
+    }
+}
