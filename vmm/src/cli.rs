@@ -1,11 +1,12 @@
 //! The command line: what it means, and what each command does.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io;
 use std::panic::{self, PanicHookInfo};
 use std::path::{Path, PathBuf};
 use std::process;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use devices::console::restore_terminal;
 
@@ -209,7 +210,10 @@ impl Failure {
 
 /// Runs the process's command line and returns the exit code. `launch` runs a machine to its end.
 pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return misused(&e),
+    };
     panic::set_hook(Box::new(report_panic));
     sink::install(cli.log_level);
     match cli.command {
@@ -220,6 +224,27 @@ pub fn main(launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, 
         Command::Quote(args) => close(quote::run(&args)),
         Command::Doctor(args) => doctor::run(&args),
     }
+}
+
+/// Help goes where it was asked for; a mistake is told in one line, as every other is.
+fn misused(error: &clap::Error) -> u8 {
+    if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        eprintln!(
+            "cvmm: {}; see --help",
+            first_paragraphs(&error.render().to_string())
+        );
+    } else {
+        let _ = error.print();
+    }
+    u8::try_from(error.exit_code()).unwrap_or(ExitClass::Usage as u8)
+}
+
+/// What clap says of a mistake before it comes to usage and help, in one line.
+fn first_paragraphs(text: &str) -> String {
+    let is_said = |line: &&str| !line.starts_with("Usage:") && !line.starts_with("For more information");
+    let words = text.lines().take_while(is_said).flat_map(str::split_whitespace);
+    let line = words.collect::<Vec<_>>().join(" ");
+    line.trim_start_matches("error: ").to_owned()
 }
 
 fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Result<Ending, RunError>) -> u8 {
@@ -276,7 +301,7 @@ pub(crate) fn merge(flags: Config, file: Option<&Path>) -> Result<Config, Config
 fn print(config: &Config) -> u8 {
     let printed = serde_json::to_string_pretty(config)
         .map_err(io::Error::from)
-        .and_then(|json| writeln!(io::stdout(), "{json}"));
+        .and_then(|json| measure::say(&json));
     match printed {
         Ok(()) => ExitClass::Success as u8,
         Err(e) => {

@@ -128,7 +128,7 @@ pub const EXIT_CODES: &[(ExitClass, &str)] = &[
     ),
     (
         ExitClass::HostFailed,
-        "the host's kernel failed while the guest ran",
+        "the host's kernel failed while the guest ran, or did not take what was to be written",
     ),
     (
         ExitClass::Mismatch,

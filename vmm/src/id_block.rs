@@ -1,8 +1,8 @@
 //! `cvmm id-block`: the owner's signed statement of the one launch that firmware may finish.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use snp::id_block::{IdBlock, IdBlockError};
@@ -58,6 +58,20 @@ pub enum Unsigned {
     /// The files to write are not named.
     #[error("no place for the result; add --id-block PATH and --id-auth PATH, which cvmm run takes too")]
     NoPlace,
+    /// Both results would go to one file.
+    #[error("--id-block and --id-auth name the same file, {}; give two", path.display())]
+    SamePlace {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file for a result cannot be made.
+    #[error("{}: {cause}; give a file in a directory that exists and that you may write to", path.display())]
+    Closed {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
     /// A key file.
     #[error(transparent)]
     File(#[from] FileError),
@@ -91,7 +105,12 @@ impl Unsigned {
         match self {
             Self::Launch(e) => e.class(),
             Self::Write { .. } => ExitClass::HostFailed,
-            Self::NoPlace | Self::File(_) | Self::Key { .. } | Self::Block(_) => ExitClass::Usage,
+            Self::NoPlace
+            | Self::SamePlace { .. }
+            | Self::Closed { .. }
+            | Self::File(_)
+            | Self::Key { .. }
+            | Self::Block(_) => ExitClass::Usage,
         }
     }
 }
@@ -106,6 +125,10 @@ pub fn run(args: &Args) -> Result<ExitClass, Unsigned> {
     let (Some(block_path), Some(auth_path)) = (&config.snp.id_block, &config.snp.id_auth) else {
         return Err(Unsigned::NoPlace);
     };
+    if block_path == auth_path {
+        let path = block_path.clone();
+        return Err(Unsigned::SamePlace { path });
+    }
     let id_key = key("id-key", &args.id_key)?;
     let author = args.author_key.as_deref().map(|path| key("author-key", path));
     let author = author.transpose()?;
@@ -125,7 +148,7 @@ pub fn run(args: &Args) -> Result<ExitClass, Unsigned> {
     };
     let auth = block.sign(&id_key, author.as_ref())?;
     write(block_path, &block.to_bytes())?;
-    write(auth_path, auth.bytes())?;
+    write(auth_path, auth.bytes()).inspect_err(|_| discard(block_path))?;
     let mut text = format!("measurement       {measurement}\n");
     let _ = writeln!(text, "policy            {policy}");
     let _ = writeln!(text, "id-key-digest     {}", digest(&id_key));
@@ -153,9 +176,24 @@ fn key(role: &'static str, path: &Path) -> Result<SigningKey, Unsigned> {
     })
 }
 
+/// Writes a whole file, or leaves none.
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Unsigned> {
-    fs::write(path, bytes).map_err(|cause| Unsigned::Write {
+    let mut file = File::create(path).map_err(|cause| Unsigned::Closed {
         path: path.into(),
         cause,
+    })?;
+    file.write_all(bytes).map_err(|cause| {
+        discard(path);
+        Unsigned::Write {
+            path: path.into(),
+            cause,
+        }
     })
+}
+
+/// A block is of no use without its signatures. What is no file of ours stays: a device, a FIFO.
+fn discard(path: &Path) {
+    if path.is_file() {
+        let _ = fs::remove_file(path);
+    }
 }

@@ -344,6 +344,27 @@ fn what_is_no_report_or_certificate_is_named() {
 }
 
 #[test]
+fn an_id_block_that_cannot_be_written_leaves_no_half() {
+    let dir = Scratch::new("half");
+    let key = recorded("id-block/id-key.pem");
+    let digest = "2a".repeat(48);
+    let cases = [
+        ("block", "block", 2, "name the same file"),
+        ("block", "/nonexistent/auth", 2, "cvmm: /nonexistent/auth: "),
+        ("block", "/dev/full", 30, "cvmm: writing /dev/full: "),
+        ("/dev/full", "block", 30, "cvmm: writing /dev/full: "),
+    ];
+    for (block, auth, expected, says) in cases {
+        let words = ["--digest", &digest, "--id-key", &key];
+        let places = ["--id-block", block, "--id-auth", auth];
+        let (code, out, err) = dir.cvmm(&[&["id-block"], &words[..], &places].concat());
+        assert_eq!((code, out.as_str()), (expected, ""), "{err}");
+        assert!(err.contains(says), "{err}");
+        assert!(!dir.0.join("block").exists() && Path::new("/dev/full").exists());
+    }
+}
+
+#[test]
 fn an_id_block_equals_that_of_snp_create_id_block() {
     let dir = Scratch::new("id");
     let (key, author) = (

@@ -44,7 +44,9 @@ pub enum ConsoleSpec {
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
     /// The file cannot be created or written.
-    #[error("console file {path} cannot be opened for writing; check the directory and its permissions")]
+    #[error(
+        "console file {path} cannot be opened for writing; check the directory and its permissions, and that somebody reads a FIFO"
+    )]
     File {
         /// As given.
         path: PathBuf,

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::rates::Rates;
-use super::text::{BadValue, bad, number, serde_as_text};
+use super::text::{BadValue, bad, number, once, serde_as_text};
 
 /// A network card. In JSON one of `tap`, `fd` and `passt` names the host's side.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
@@ -105,6 +105,7 @@ impl FromStr for Net {
     type Err = BadValue;
 
     fn from_str(text: &str) -> Result<Self, BadValue> {
+        once(text.split(','))?;
         let mut fields = Fields::default();
         for word in text.split(',') {
             match word.split_once('=') {

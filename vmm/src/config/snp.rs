@@ -74,7 +74,7 @@ impl FromStr for Policy {
         let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
         match u64::from_str_radix(digits, 16) {
             Ok(bits) if plain => Ok(Self(bits)),
-            _ => bad("not a policy; write a hexadecimal number, for example 0x30000"),
+            _ => bad("not a hexadecimal number of 64 bits; write for example 0x30000"),
         }
     }
 }

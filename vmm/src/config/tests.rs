@@ -115,7 +115,7 @@ fn unknown_and_malformed_json_is_refused() {
             r#"{"devices": {"console": "tty"}}"#,
             "write stdio, pty, file=PATH, socket=PATH or none",
         ),
-        (r#"{"snp": {"policy": "0xzz"}}"#, "not a policy"),
+        (r#"{"snp": {"policy": "0xzz"}}"#, "not a hexadecimal number"),
         (r#"{"snp": {"host_data": "00"}}"#, "not 64 hexadecimal digits"),
         (r#"{"notify": {"fd": 1}}"#, "unknown field `fd`"),
         (r#"{"memory": true}"#, "a size must be a number of bytes or text"),

@@ -127,6 +127,7 @@ impl FromStr for Disk {
         if disk.path.as_os_str().is_empty() {
             return bad(format!("no path; {DISK_FORM}"));
         }
+        once(words.clone())?;
         for word in words {
             match word.split_once('=') {
                 None if word == "ro" => disk.readonly = true,
@@ -141,6 +142,19 @@ impl FromStr for Disk {
         }
         Ok(disk)
     }
+}
+
+/// Refuses options of which one is there twice, as one of the two would count for nothing.
+pub(super) fn once<'a>(words: impl Iterator<Item = &'a str>) -> Result<(), BadValue> {
+    let mut seen = vec![];
+    for word in words {
+        let name = word.split_once('=').map_or(word, |(name, _)| name);
+        if seen.contains(&name) {
+            return bad(format!("{name} is given twice; leave one out"));
+        }
+        seen.push(name);
+    }
+    Ok(())
 }
 
 pub(super) fn number<T: FromStr>(name: &str, text: &str) -> Result<T, BadValue> {

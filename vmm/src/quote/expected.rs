@@ -23,7 +23,7 @@ pub(super) struct Expected {
 pub enum NoPrediction {
     /// No JSON of that form.
     #[error("{0}; give what cvmm measure --platform tdx --json printed")]
-    Malformed(#[from] serde_json::Error),
+    Malformed(serde_json::Error),
     /// A value is no digest.
     #[error("{name} is not 96 hexadecimal digits; give what cvmm measure --platform tdx --json printed")]
     Digest {
@@ -64,7 +64,7 @@ impl Prediction {
 
 fn prediction(path: &Path) -> Result<Vec<(Register, Measurement)>, Unreadable> {
     let json = evidence::file("measure-json", path, MOST_BYTES)?;
-    let prediction: Prediction = serde_json::from_slice(&json).map_err(NoPrediction::from)?;
+    let prediction: Prediction = serde_json::from_slice(&json).map_err(NoPrediction::Malformed)?;
     Ok(prediction.registers()?)
 }
 

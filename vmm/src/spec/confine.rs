@@ -142,7 +142,7 @@ impl<'a> Databases<'a> {
         };
         let name = &self.account.user;
         let row = find(&self.passwd, name);
-        let user = row.and_then(|row| number(row, 2)).or_else(|| name.parse().ok());
+        let user = row.and_then(|row| number(row, 2)).or_else(|| id(name));
         let user = user.ok_or_else(|| unknown("user", name))?;
         let group = match &self.account.group {
             None => row
@@ -150,7 +150,7 @@ impl<'a> Databases<'a> {
                 .ok_or(ConfineError::NoGroup { account: account() })?,
             Some(name) => find(&self.group, name)
                 .and_then(|row| number(row, 2))
-                .or_else(|| name.parse().ok())
+                .or_else(|| id(name))
                 .ok_or_else(|| unknown("group", name))?,
         };
         if user == 0 || group == 0 {
@@ -168,7 +168,12 @@ fn find<'a>(database: &'a str, name: &str) -> Option<&'a str> {
 }
 
 fn number(row: &str, at: usize) -> Option<u32> {
-    row.split(':').nth(at)?.parse().ok()
+    id(row.split(':').nth(at)?)
+}
+
+/// To the kernel the largest number means that the id stays what it is, which is root's.
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
 #[cfg(test)]
@@ -193,6 +198,8 @@ mod tests {
             ("guest:nogroup", "there is no group nogroup"),
             ("5000", "give UID:GID"),
             ("-1:-1", "there is no user -1"),
+            ("4294967295:1000", "there is no user 4294967295"),
+            ("guest:4294967295", "there is no group 4294967295"),
         ];
         for (text, expected) in cases {
             let account = text.parse().unwrap();
