@@ -77,17 +77,17 @@ Examples:
 const REPORT_EXAMPLES: &str = "\
 Examples:
   A report and the host's certificates, as a guest finds them below /sys/kernel/config/tsm/report/NAME:
-    cvmm report outblob --certs auxblob --measurement $(cvmm measure --config guest.json) --nonce 5f3c...
+    cvmm report outblob --certs auxblob --measurement $(cvmm measure --config guest.json) --report-data 5f3c...
 
   A guest that was launched on the emulated host of scripts/rig, which has a root of its own:
-    cvmm report outblob --certs auxblob --root $(scripts/rig certs)/ark.pem
+    cvmm report outblob --certs auxblob --ark $(scripts/rig certs)/ark.pem
 ";
 
 const QUOTE_EXAMPLES: &str = "\
 Examples:
   A quote, as a TDX guest finds it below /sys/kernel/config/tsm/report/NAME, of the guest that was predicted:
     cvmm measure --platform tdx --config guest.json --json > predicted.json
-    cvmm quote outblob --collateral collateral.json --measure-json predicted.json --nonce 5f3c...
+    cvmm quote outblob --collateral collateral.json --measure-json predicted.json --report-data 5f3c...
 
   What a quote states, and whether it was changed, without knowing who made it (exit code 40):
     cvmm quote outblob
@@ -243,7 +243,7 @@ fn misused(error: &clap::Error) -> u8 {
 fn first_paragraphs(text: &str) -> String {
     let is_said = |line: &&str| !line.starts_with("Usage:") && !line.starts_with("For more information");
     let words = text.lines().take_while(is_said).flat_map(str::split_whitespace);
-    let line = words.collect::<Vec<_>>().join(" ");
+    let line = words.collect::<Vec<_>>().join(" ").replace(" tip: ", "; ");
     line.trim_start_matches("error: ").to_owned()
 }
 
