@@ -35,11 +35,11 @@ pub struct Config {
         reason = "clap would take the text for the command's description"
     )]
     pub boot: Boot,
-    /// Memory of the guest: bytes, or with the suffix K, M, G or T; a multiple of 2M [default: 512M]
+    /// Memory of the guest: bytes, or with the suffix K, M, G or T; a multiple of 2M from 64M to 440G [default: 512M]
     #[arg(long, value_name = "SIZE", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
-    /// Number of virtual CPUs [default: 1]
+    /// Number of virtual CPUs, 1 to 256 [default: 1]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u32>,
@@ -157,7 +157,8 @@ pub struct Devices {
     reason = "clap would take the text for the command's description"
 )]
 pub struct Notify {
-    /// Write what happens to the machine as JSON lines to a file, a FIFO, or an inherited descriptor
+    /// Write what happens to the machine as JSON lines to a file, a FIFO, a Unix socket that somebody listens on, or an
+    /// inherited descriptor
     #[arg(long, value_name = "PATH|fd:N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub events: Option<EventSink>,
