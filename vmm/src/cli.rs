@@ -21,7 +21,7 @@ use crate::report;
 use crate::signals::Signals;
 use crate::sink::{self, Level};
 use crate::spec::host::HostFacts;
-use crate::spec::{MachineSpec, SpecError};
+use crate::spec::{MachineSpec, SpecError, output};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -254,6 +254,9 @@ fn run(args: RunArgs, launch: impl FnOnce(MachineSpec, Events, Signals) -> Resul
     };
     if args.print_config {
         return print(&config);
+    }
+    if let Err(e) = output::check(&config, args.file.as_deref()) {
+        return complain(&SpecError::from(e).into());
     }
     let events = match Events::open(&config.notify) {
         Ok(events) => events,

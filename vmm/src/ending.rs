@@ -128,7 +128,7 @@ pub const EXIT_CODES: &[(ExitClass, &str)] = &[
     ),
     (
         ExitClass::HostFailed,
-        "the host's kernel failed while the guest ran, or did not take what was to be written",
+        "the host's kernel failed at building or running the guest, or at writing a result",
     ),
     (
         ExitClass::Mismatch,

@@ -14,6 +14,7 @@ use crate::ending::ExitClass;
 use crate::hex::padded;
 use crate::measure::{Launch, Subject, Unpredictable, say};
 use crate::spec::file::{FileError, InputFile};
+use crate::spec::output::{OutputError, apart};
 use crate::spec::snp as options;
 
 #[derive(clap::Args, Clone, Debug)]
@@ -58,12 +59,9 @@ pub enum Unsigned {
     /// The files to write are not named.
     #[error("no place for the result; add --id-block PATH and --id-auth PATH, which cvmm run takes too")]
     NoPlace,
-    /// Both results would go to one file.
-    #[error("--id-block and --id-auth name the same file, {}; give two", path.display())]
-    SamePlace {
-        /// The file.
-        path: PathBuf,
-    },
+    /// A result would go over another file.
+    #[error(transparent)]
+    SamePlace(#[from] OutputError),
     /// A file for a result cannot be made.
     #[error("{}: {cause}; give a file in a directory that exists and that you may write to", path.display())]
     Closed {
@@ -106,7 +104,7 @@ impl Unsigned {
             Self::Launch(e) => e.class(),
             Self::Write { .. } => ExitClass::HostFailed,
             Self::NoPlace
-            | Self::SamePlace { .. }
+            | Self::SamePlace(_)
             | Self::Closed { .. }
             | Self::File(_)
             | Self::Key { .. }
@@ -125,10 +123,17 @@ pub fn run(args: &Args) -> Result<ExitClass, Unsigned> {
     let (Some(block_path), Some(auth_path)) = (&config.snp.id_block, &config.snp.id_auth) else {
         return Err(Unsigned::NoPlace);
     };
-    if block_path == auth_path {
-        let path = block_path.clone();
-        return Err(Unsigned::SamePlace { path });
-    }
+    let inputs = [
+        ("--id-key", Some(args.id_key.as_path())),
+        ("--author-key", args.author_key.as_deref()),
+        ("--config", args.subject.file.as_deref()),
+        ("--firmware", args.subject.ovmf.firmware.as_deref()),
+        ("--kernel", config.boot.kernel.as_deref()),
+        ("--initrd", config.boot.initrd.as_deref()),
+    ];
+    apart("id-block", block_path, &inputs)?;
+    apart("id-auth", auth_path, &inputs)?;
+    apart("id-auth", auth_path, &[("--id-block", Some(block_path))])?;
     let id_key = key("id-key", &args.id_key)?;
     let author = args.author_key.as_deref().map(|path| key("author-key", path));
     let author = author.transpose()?;

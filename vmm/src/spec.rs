@@ -9,6 +9,7 @@ pub mod file;
 pub mod host;
 pub mod inherited;
 pub mod net;
+pub mod output;
 pub mod payload;
 pub mod size;
 pub mod snp;
@@ -22,6 +23,7 @@ use devices::console::{Console as HostConsole, ConsoleError};
 use disk::{DiskError, DiskSpec};
 use host::{Chosen, HostFacts, HostLack};
 use net::{NetError, NetSpec};
+use output::OutputError;
 use payload::{Payload, PayloadError};
 use size::SizeError;
 use snp::{SnpOptionError, SnpSpec};
@@ -124,6 +126,9 @@ pub enum SpecError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A file to write that is another one already.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// The console's file is none.
     #[error("console {}: is a {found}; give a file, or socket=PATH for a socket", path.display())]
     ConsoleFile {

@@ -114,6 +114,50 @@ fn mistakes_end_with_code_2_and_say_what_to_do() {
     }
 }
 
+/// One wrong word must not cost anybody a disk.
+#[test]
+fn what_cvmm_writes_never_goes_over_what_it_reads() {
+    let dir = directory("over");
+    let kernel = kernel(&dir);
+    let (disk, link, new) = (dir.join("disk"), dir.join("link"), dir.join("new"));
+    fs::write(&disk, vec![7; 1024]).unwrap();
+    fs::hard_link(&disk, &link).unwrap();
+    let (disk, link, new) = (
+        disk.to_str().unwrap(),
+        link.to_str().unwrap(),
+        new.to_str().unwrap(),
+    );
+    let cases: [(&[&str], &str); 5] = [
+        (&["--disk", disk, "--console", &format!("file={disk}")], "--disk"),
+        (&["--disk", disk, "--console", &format!("file={link}")], "--disk"),
+        (&["--disk", link, "--events", disk], "--disk"),
+        (&["--initrd", disk, "--events", disk], "--initrd"),
+        (
+            &["--console", &format!("file={new}"), "--events", new],
+            "--events",
+        ),
+    ];
+    for (args, other) in cases {
+        let start = ["run", "--platform", "soft", "--kernel", &kernel];
+        let (code, _, err) = run(&[&start[..], args].concat());
+        assert_eq!(code, 2, "{err}");
+        assert!(err.contains(&format!("the same file as {other}")), "{err}");
+        assert_eq!(fs::read(disk).unwrap(), [7; 1024]);
+        assert!(!fs::exists(new).unwrap());
+    }
+    let shared = [
+        "run",
+        "--kernel",
+        "/nonexistent",
+        "--console",
+        "file=/dev/null",
+        "--events",
+        "/dev/null",
+    ];
+    assert!(run(&shared).2.contains("kernel /nonexistent: not found"));
+    fs::remove_dir_all(dir).unwrap();
+}
+
 #[test]
 fn what_print_config_prints_means_the_same_again() {
     let dir = directory("print");

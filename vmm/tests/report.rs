@@ -349,7 +349,13 @@ fn an_id_block_that_cannot_be_written_leaves_no_half() {
     let key = recorded("id-block/id-key.pem");
     let digest = "2a".repeat(48);
     let cases = [
-        ("block", "block", 2, "name the same file"),
+        (
+            "block",
+            "block",
+            2,
+            "cvmm: id-auth block: the same file as --id-block",
+        ),
+        ("block", &key, 2, "the same file as --id-key"),
         ("block", "/nonexistent/auth", 2, "cvmm: /nonexistent/auth: "),
         ("block", "/dev/full", 30, "cvmm: writing /dev/full: "),
         ("/dev/full", "block", 30, "cvmm: writing /dev/full: "),
@@ -360,6 +366,7 @@ fn an_id_block_that_cannot_be_written_leaves_no_half() {
         let (code, out, err) = dir.cvmm(&[&["id-block"], &words[..], &places].concat());
         assert_eq!((code, out.as_str()), (expected, ""), "{err}");
         assert!(err.contains(says), "{err}");
+        assert!(fs::metadata(&key).unwrap().len() > 96, "the key is there");
         assert!(!dir.0.join("block").exists() && Path::new("/dev/full").exists());
     }
 }
