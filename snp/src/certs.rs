@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use x509_cert::der::Document;
@@ -198,8 +199,10 @@ impl CertFile {
         Ok(file)
     }
 
+    /// A FIFO in the file's place must not hold up a vCPU.
     fn open(&self) -> io::Result<File> {
-        File::open(&self.path)
+        let mut how = File::options();
+        how.read(true).custom_flags(libc::O_NONBLOCK).open(&self.path)
     }
 
     /// Answers a guest that has `pages` pages; `write` puts the table into its shared memory, or refuses.
@@ -361,5 +364,18 @@ mod tests {
         assert!(matches!(CertFile::new(&path), Err(CertError::TooLarge)));
         std::fs::remove_file(&path).unwrap();
         assert_eq!(file.serve(1, |_| true).answer, CertAnswer::Failed);
+    }
+
+    #[test]
+    fn a_fifo_in_place_of_the_file_is_refused_without_waiting() {
+        let path = std::env::temp_dir().join(format!("cvmm-certs-fifo-{}", std::process::id()));
+        std::fs::write(&path, table().to_bytes()).unwrap();
+        let file = CertFile::new(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        assert!(CertFile::new(&path).is_err());
+        assert_eq!(file.serve(1, |_| true).answer, CertAnswer::Failed);
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -86,6 +86,21 @@ fn an_snp_guest_is_launched_as_predicted_and_runs_its_first_instructions() {
     assert_eq!(first.code[..2], [0x0f, 0x32], "RDMSR");
 }
 
+#[test]
+fn a_policy_that_lets_the_host_debug_the_guest_is_warned_of() {
+    let place = place("debug");
+    for (policy, warns) in [("0x30000", false), ("0xb0000", true)] {
+        let outcome = run(&place, &["--platform", "snp", "--policy", policy], |s| {
+            s.enough = |progress| !progress.exits.is_empty()
+        });
+        assert!(outcome.measurement.is_some(), "{}", outcome.stderr);
+        let warned = outcome
+            .stderr
+            .contains("THE HOST MAY READ AND WRITE GUEST MEMORY");
+        assert_eq!(warned, warns, "{}", outcome.stderr);
+    }
+}
+
 /// A host where something is wrong, and what cvmm makes of it.
 struct Case {
     name: &'static str,

@@ -9,7 +9,7 @@ use snp::commands::Identity;
 use snp::host::NotOffered;
 use snp::id_block::{IdAuth, IdBlock, IdBlockError};
 use snp::launch::LaunchConfig;
-use snp::policy::{Policy, PolicyError};
+use snp::policy::{Policy, PolicyBit, PolicyError};
 use snp::vmsa::SevFeatures;
 
 use super::file::{FileError, InputFile};
@@ -113,6 +113,9 @@ impl SnpSpec {
         let (policy, features) = (policy(options)?, features(options));
         let certs = options.certs.as_deref().map(open_certs).transpose()?;
         host.offered.check(features, policy, certs.is_some())?;
+        if policy.has(PolicyBit::Debug) {
+            log::warn!("--policy {policy}; take a guest with such a policy for unprotected");
+        }
         let config = LaunchConfig {
             features,
             policy,
