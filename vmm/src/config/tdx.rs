@@ -35,7 +35,8 @@ pub struct Tdx {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mrownerconfig: Option<Blob48>,
     /// Where the guest's quotes come from: the Unix socket of the host's quote generation service (QGS), or its vsock
-    /// address. Without it, and while nobody answers there, a request for a quote fails at once
+    /// address. Without it, and while nobody listens there, a request for a quote fails at once; while nobody answers,
+    /// after 25 seconds
     #[arg(long, value_name = "PATH|vsock=CID:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quote_service: Option<QuoteService>,
