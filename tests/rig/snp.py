@@ -158,13 +158,16 @@ def memory_is_paid_for_once(host):
     """A 512 MiB guest that touched nearly all of its memory costs that and a few MiB, not twice as much."""
     look = (
         "await CVMM-WAITING && "
-        "grep -h -E 'VmRSS|RssAnon|RssShmem' /proc/$PID/status; cat /proc/meminfo | grep -E 'Unevictable|^Cached'; kill -TERM $PID"
+        "grep -h -E 'VmRSS|RssAnon|RssShmem' /proc/$PID/status; cat /proc/meminfo | grep -E 'Unevictable|^Cached'; "
+        "grep AnonHugePages /proc/$PID/smaps_rollup; cat /sys/kernel/mm/transparent_hugepage/enabled; kill -TERM $PID"
     )
     ended = host.guest(run="touch,wait", cmdline="cvmm.touch_mib=300", extra=look, timeout=400)
     assert ended.code == 0, (ended.code, ended.tail())
     resident = int(re.search(r"VmRSS:\s+(\d+)", ended.extra).group(1)) >> 10
     private = int(re.search(r"Unevictable:\s+(\d+)", ended.extra).group(1)) >> 10
     assert private + resident < 512 + 80, ended.extra
+    # The host makes huge pages by itself, but not of what this guest shares.
+    assert "[always]" in ended.extra and re.search(r"AnonHugePages:\s+0 kB", ended.extra), ended.extra
     return f"private {private} MiB, cvmm resident {resident} MiB"
 
 

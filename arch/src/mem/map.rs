@@ -49,6 +49,23 @@ impl HostRam {
         &self.map
     }
 
+    /// Backs each page by itself, so that one page costs one page: no huge page around it, and none that the host makes
+    /// later out of pages that are in use and those that were discarded.
+    ///
+    /// # Errors
+    /// The kernel's; one without transparent huge pages has none to avoid.
+    pub fn keep_pages_small(&self) -> io::Result<()> {
+        for region in &self.regions {
+            // SAFETY: the mapping of `region`, which `self` keeps alive, from its start to its end; only how the kernel
+            // backs it changes, not what it holds.
+            let rc = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_NOHUGEPAGE) };
+            if rc != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the pages of `range` back to the host; they read as zeros afterwards.
     ///
     /// # Errors
@@ -168,6 +185,34 @@ mod tests {
         assert_eq!(ram.resident_bytes(range).unwrap(), 0);
         assert_eq!(ram.map().read_obj::<u8>(GuestAddress(0x20_0000)).unwrap(), 0);
         ram.discard(page).unwrap();
+    }
+
+    /// The flags of the mapping at `address`, from proc_pid_smaps(5).
+    fn flags_at(address: *const u8) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", address as usize);
+        let mapping = smaps.split_once(&format!("\n{start}")).unwrap().1;
+        mapping
+            .split_once("VmFlags:")
+            .unwrap()
+            .1
+            .lines()
+            .next()
+            .unwrap()
+            .to_owned()
+    }
+
+    #[test]
+    fn a_page_among_discarded_ones_costs_no_huge_page() {
+        let range = PageRange::new(Gpa(0), 0x80_0000).unwrap();
+        let ram = HostRam::allocate(&[range]).unwrap();
+        ram.keep_pages_small().unwrap();
+        // Else the kernel of this machine has no huge pages.
+        if std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            assert!(flags_at(ram.regions()[0].as_ptr()).contains(" nh"));
+        }
+        ram.map().write_obj(7_u8, GuestAddress(0x40_0000)).unwrap();
+        assert_eq!(ram.resident_bytes(range).unwrap(), 0x1000);
     }
 
     #[test]

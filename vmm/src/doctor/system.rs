@@ -143,14 +143,16 @@ fn memory(meminfo: &str) -> Check {
 
 fn huge_pages(enabled: &str) -> Check {
     let mode = enabled.split(['[', ']']).nth(1).unwrap_or("unknown");
-    if mode == "never" {
+    let found = format!("transparent huge pages: {mode}");
+    if mode == "always" {
+        Check::ok("memory.huge-pages", found)
+    } else {
         Check::warn(
             "memory.huge-pages",
-            "transparent huge pages: never",
-            "guests are faster with `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`",
+            found,
+            "guests of `--platform soft` are faster with `echo always > /sys/kernel/mm/transparent_hugepage/enabled`; \
+             confidential ones do not use huge pages",
         )
-    } else {
-        Check::ok("memory.huge-pages", format!("transparent huge pages: {mode}"))
     }
 }
 
@@ -209,9 +211,9 @@ mod tests {
                 "20000 of 24110 MiB available, 3 reserved huge pages",
             ),
             (
-                huge_pages("always [madvise] never"),
+                huge_pages("[always] madvise never"),
                 Status::Ok,
-                "transparent huge pages: madvise",
+                "transparent huge pages: always",
             ),
             (
                 huge_pages("always madvise [never]"),

@@ -47,6 +47,12 @@ impl Ground {
             ram::ranges(memory_bytes).map_err(|e| RunError::host("placing RAM")(io::Error::other(e)))?;
         let host_ram = HostRam::allocate(&ranges).map_err(RunError::host("reserving guest RAM"))?;
         let private = platform.private_memory();
+        if private {
+            // A guest shares single pages all over its memory, and pays for the private ones around them already.
+            host_ram
+                .keep_pages_small()
+                .map_err(RunError::host("backing shared memory by small pages"))?;
+        }
         let gmem = if private {
             Some(Gmem::new(&vm, memory_bytes).map_err(RunError::host("creating guest_memfd"))?)
         } else {
