@@ -3,7 +3,7 @@
 //! Each prints a line before and a line after; between them the host counts its own CPU time and exits. What a
 //! request costs in the guest's own time stands in the second line.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::{Duration, Instant};

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -342,20 +343,29 @@ fn soak(wanted: &CommandLine) -> io::Result<String> {
     let until = Instant::now() + Duration::from_secs(wanted.or("soak_seconds", 600));
     let reports = usize::from(fs::create_dir_all("/sys/kernel/config/tsm/report/probe").is_ok());
     let processors = std::thread::available_parallelism()?.get() * reports;
-    let repeat = |work: &(dyn Fn() -> io::Result<()> + Sync)| {
+    let failed = AtomicBool::new(false);
+    let (began, failed) = (Instant::now(), &failed);
+    let repeat = |name: &str, work: &(dyn Fn() -> io::Result<()> + Sync)| {
         let mut rounds = 0_u32;
-        while Instant::now() < until {
-            work()?;
+        while Instant::now() < until && !failed.load(Ordering::SeqCst) {
+            work().map_err(|error| {
+                failed.store(true, Ordering::SeqCst);
+                let after = began.elapsed().as_secs();
+                io::Error::other(format!("{name}, round {rounds}, after {after} s: {error}"))
+            })?;
             rounds += 1;
         }
         io::Result::Ok(rounds)
     };
     std::thread::scope(|scope| {
-        let disk = scope.spawn(|| repeat(&|| disk(wanted).map(drop)));
-        let net = scope.spawn(|| repeat(&|| net(wanted).map(drop)));
-        let vsock = scope.spawn(|| repeat(&|| vsock(wanted).map(drop)));
+        let disk = scope.spawn(|| repeat("disk", &|| disk(wanted).map(drop)));
+        let net = scope.spawn(|| repeat("net", &|| net(wanted).map(drop)));
+        let vsock = scope.spawn(|| repeat("vsock", &|| vsock(wanted).map(drop)));
         let reporters: Vec<_> = (0..processors)
-            .map(|number| scope.spawn(move || repeat(&|| report::fetch_as(&format!("soak{number}"), &[7]).map(drop))))
+            .map(|number| {
+                let entry = format!("soak{number}");
+                scope.spawn(move || repeat("report", &|| report::fetch_as(&entry, &[7]).map(drop)))
+            })
             .collect();
         let total = |thread: std::thread::ScopedJoinHandle<'_, io::Result<u32>>| {
             thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
