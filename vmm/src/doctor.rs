@@ -7,13 +7,12 @@ mod snp;
 mod system;
 mod tdx;
 
-use std::io::{self, Write};
-
 use clap::ValueEnum;
 
 pub use report::{Check, Report, Status};
 
 use crate::ending::ExitClass;
+use crate::measure;
 
 #[derive(clap::Args, Clone, Debug, Default)]
 #[expect(
@@ -48,8 +47,10 @@ pub fn run(args: &Args) -> u8 {
     } else {
         report.to_string()
     };
-    // A reader that has closed the pipe has seen enough.
-    let _ = writeln!(io::stdout(), "{}", text.trim_end());
+    if let Err(e) = measure::say(&text) {
+        eprintln!("cvmm: printing what this host has: {e}");
+        return ExitClass::HostFailed as u8;
+    }
     let good = match args.platform {
         None => report.usable.soft || report.usable.snp || report.usable.tdx,
         Some(Platform::Soft) => report.usable.soft,

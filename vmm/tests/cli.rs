@@ -312,3 +312,24 @@ fn a_locked_disk_ends_with_code_21_and_a_host_without_kvm_with_20() {
     }
     fs::remove_dir_all(dir).unwrap();
 }
+
+#[test]
+fn what_cannot_be_printed_is_an_error() {
+    let dir = directory("full");
+    let kernel = kernel(&dir);
+    for args in [
+        ["doctor"].as_slice(),
+        &["doctor", "--json"],
+        &["run", "--kernel", &kernel, "--print-config"],
+        &["measure", "--kernel", &kernel],
+    ] {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (code, _, text) = told(cvmm(args).stdout(full).output().unwrap());
+        assert_eq!(code, 30, "{args:?}: {text}");
+        assert!(
+            text.starts_with("cvmm: ") && text.contains("No space left"),
+            "{args:?}: {text}"
+        );
+    }
+    fs::remove_dir_all(dir).unwrap();
+}
