@@ -115,6 +115,7 @@ fn timed(name: &str, count: u32, work: impl FnOnce() -> io::Result<()>) -> io::R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
