@@ -2,10 +2,11 @@
 """Whole-program tests in the nested rig: cvmm on the real KVM of an L1 host, with stock Debian guests.
 
 Usage: tests/rig/run.py [--list] [--keep] [--hosts N] [NAME...]
-Boots each kind of L1 once and runs every test in it, on two L1s at a time, since each keeps one processor busy and 6.5 GB.
+Boots each kind of L1 once and runs every test in it, on two L1s at a time if there are two processors and 16 GB.
 Prints a line a test, and `N passed, N failed` at the end.
 """
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -66,11 +67,17 @@ def run_suite(kind, tests, keep):
         host.__exit__()
 
 
+def hosts():
+    """How many L1s at a time: each keeps a processor busy, and up to 6.5 GB."""
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 if os.cpu_count() >= 2 and memory_bytes >= 16 * 10**9 else 1
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave the L1s up")
-    parser.add_argument("--hosts", type=int, default=2, metavar="N", help="L1s at a time (2)")
+    parser.add_argument("--hosts", type=int, default=hosts(), metavar="N", help="L1s at a time (here %(default)s)")
     parser.add_argument("names", nargs="*", metavar="NAME")
     options = parser.parse_args()
     known = {f"{kind}:{test.__name__}" for kind, tests in [*SUITES, *LONG] for test in tests}
