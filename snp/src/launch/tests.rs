@@ -2,32 +2,16 @@
 
 use arch::addr::{Gpa, PageRange};
 use arch::platform::{LaunchPage, LaunchPlan, PageKind};
-use arch::x86::cpuid::{CpuidEntry, CpuidTable};
 use arch::x86::regs::{BootState, General};
 
 use super::*;
-use crate::cpuid_page;
 use crate::error::FirmwareStatus;
 use crate::id_block::{IdAuth, IdBlock};
 use crate::measure;
-use crate::model::{CpuidRule, Entry, Model};
+use crate::model::tests::launch::{RULE, cpuid_bytes};
+use crate::model::{Entry, Model};
 use crate::p384::SigningKey;
 use crate::policy::PolicyBit;
-
-const RULE: CpuidRule = CpuidRule {
-    leaf: 1,
-    subleaf: 0,
-    clear: [0, 0, 1 << 24, 0],
-};
-
-fn cpuid_bytes() -> Vec<u8> {
-    let leaf1 = CpuidEntry {
-        leaf: 1,
-        ecx: 1 << 24 | 1,
-        ..CpuidEntry::default()
-    };
-    cpuid_page::build(&CpuidTable(vec![leaf1])).unwrap()
-}
 
 fn page(kind: PageKind, gfn: u64, pages: u64) -> LaunchPage {
     let range = PageRange::new(Gpa(gfn << 12), pages << 12).unwrap();

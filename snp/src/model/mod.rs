@@ -425,4 +425,4 @@ impl SevCommands for Model {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

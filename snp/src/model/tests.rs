@@ -1,7 +1,7 @@
 //! Cases 7 to 20 and 30 of `kernel-contract.md` §16, each named after what the kernel does.
 
 mod exits;
-mod launch;
+pub(crate) mod launch;
 mod vcpus;
 
 use arch::addr::{Gpa, PageRange};

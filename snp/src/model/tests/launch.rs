@@ -183,13 +183,15 @@ fn case_12_partial_updates_kvm_gmem_populate() {
     );
 }
 
-const RULE: CpuidRule = CpuidRule {
+/// A correction that firmware makes: bit 24 of ECX in leaf 1 goes.
+pub(crate) const RULE: CpuidRule = CpuidRule {
     leaf: 1,
     subleaf: 0,
     clear: [0, 0, 1 << 24, 0],
 };
 
-fn cpuid_bytes() -> Vec<u8> {
+/// A CPUID page that [`RULE`] corrects.
+pub(crate) fn cpuid_bytes() -> Vec<u8> {
     let leaf1 = CpuidEntry {
         leaf: 1,
         ecx: 1 << 24 | 1,
