@@ -161,6 +161,20 @@ impl fmt::Display for Report {
 }
 
 #[cfg(test)]
+impl Report {
+    /// The check that found something missing; no other did.
+    pub(super) fn only_lack(&self) -> &Check {
+        let lacks: Vec<_> = self
+            .checks
+            .iter()
+            .filter(|c| c.status == Status::Missing)
+            .collect();
+        let [lack] = *lacks else { panic!("{lacks:?}") };
+        lack
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;

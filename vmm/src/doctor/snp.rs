@@ -209,14 +209,7 @@ mod tests {
         ];
         for (rungs, name) in cases {
             let report = Report::new("7.2".into(), up_to_the_first_lack(rungs));
-            let lacks: Vec<_> = report
-                .checks
-                .iter()
-                .filter(|c| c.status == Status::Missing)
-                .collect();
-            let [lack] = *lacks else {
-                panic!("{name}: {lacks:?}")
-            };
+            let lack = report.only_lack();
             assert!(lack.name == name && lack.remedy.is_some(), "{lack:?}");
             assert!(
                 !report.usable.snp && report.usable.tdx && report.usable.soft,

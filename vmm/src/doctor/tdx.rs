@@ -225,14 +225,7 @@ mod tests {
         for (mut host, spoil, name, found, remedy) in LACKS {
             spoil(&mut host);
             let report = Report::new("7.2".into(), host.checks());
-            let lacks: Vec<_> = report
-                .checks
-                .iter()
-                .filter(|c| c.status == Status::Missing)
-                .collect();
-            let [lack] = *lacks else {
-                panic!("{name}: {lacks:?}")
-            };
+            let lack = report.only_lack();
             assert_eq!(lack.name, name);
             assert!(lack.found.contains(found), "{}", lack.found);
             assert!(
