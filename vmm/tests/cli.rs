@@ -2,9 +2,10 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
-    clippy::arithmetic_side_effects,
     reason = "a test stops at the first surprise"
 )]
+
+mod kernel;
 
 use std::fs::{self, File};
 use std::io::{Read, pipe};
@@ -45,21 +46,8 @@ fn directory(name: &str) -> PathBuf {
 
 /// A file that passes for a kernel: no test here boots it.
 fn kernel(dir: &std::path::Path) -> String {
-    let mut file = vec![0; 6 * 512];
-    let fields: [(usize, &[u8]); 7] = [
-        (0x1f1, &[4]),
-        (0x1fe, &[0x55, 0xaa]),
-        (0x202, b"HdrS"),
-        (0x206, &[0x0f, 0x02]),
-        (0x211, &[1]),
-        (0x236, &[1, 0]),
-        (0x238, &[0xff, 7, 0, 0]),
-    ];
-    for (at, bytes) in fields {
-        file[at..at + bytes.len()].copy_from_slice(bytes);
-    }
     let path = dir.join("kernel");
-    fs::write(&path, file).unwrap();
+    fs::write(&path, kernel::stand_in()).unwrap();
     path.to_str().unwrap().to_owned()
 }
 

@@ -6,13 +6,14 @@
     reason = "a test stops at the first surprise"
 )]
 
+mod kernel;
 mod shell;
 
 use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use shell::{Scratch, feed, kernel};
+use shell::{Scratch, feed};
 
 /// A second at which the collateral of `td10-v4` holds, and one for `td15ex-v5`.
 const V4_TIME: &str = "1751000000";
@@ -195,7 +196,7 @@ fn a_prediction_is_taken_from_the_json_of_measure() {
 #[test]
 fn measure_writes_what_quote_reads() {
     let dir = Scratch::new("measured");
-    dir.write("kernel", kernel());
+    dir.write("kernel", kernel::stand_in());
     let args = ["measure", "--platform", "tdx", "--kernel", "kernel", "--json"];
     let (code, out, err) = feed(&dir.0, &args, b"");
     assert_eq!((code, err.as_str()), (0, ""));

@@ -10,6 +10,7 @@
 
 #[path = "../../snp/tests/forge/mod.rs"]
 mod forge;
+mod kernel;
 mod shell;
 
 use std::fs;
@@ -432,7 +433,7 @@ fn an_id_block_equals_that_of_snp_create_id_block() {
 #[test]
 fn an_id_block_is_made_for_the_guest_of_a_configuration() {
     let dir = Scratch::new("id-config");
-    dir.write("kernel", shell::kernel());
+    dir.write("kernel", kernel::stand_in());
     dir.write(
         "guest.json",
         r#"{"boot":{"kernel":"kernel"},"cpus":2,"snp":{"id_block":"block","id_auth":"auth"}}"#,

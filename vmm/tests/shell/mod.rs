@@ -49,20 +49,3 @@ pub(crate) fn feed(dir: &Path, args: &[&str], input: &[u8]) -> (i32, String, Str
         text(output.stderr),
     )
 }
-
-/// A file that passes for a kernel: no test that takes it boots it.
-pub(crate) fn kernel() -> Vec<u8> {
-    let mut file = vec![0; 6 * 512];
-    let fields: [(usize, &[u8]); 6] = [
-        (0x1fe, &[0x55, 0xaa]),
-        (0x202, b"HdrS"),
-        (0x206, &[0x0f, 0x02]),
-        (0x211, &[1]),
-        (0x236, &[1, 0]),
-        (0x238, &[0xff, 7, 0, 0]),
-    ];
-    for (at, bytes) in fields {
-        file[at..][..bytes.len()].copy_from_slice(bytes);
-    }
-    file
-}
