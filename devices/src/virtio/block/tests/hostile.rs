@@ -187,9 +187,7 @@ fn a_reset_in_flight_ends_all_access_and_the_next_driver_works() {
                 rig.ring.read(RING, 1 << 20) == zeros,
                 "{name} {round}: written after the reset"
             );
-            rig.ring = MockRing::new(&rig.mem, RING, 64);
-            let (with, _) = activation(&rig.mem, &[&rig.ring], ALL);
-            rig.running = Some(rig.block.activate(with).unwrap());
+            rig.begin_again(64);
         }
         assert!(rig.request(IN, 1, &[], 512).2 == pattern(1024)[512..], "{name}");
     });
@@ -201,10 +199,7 @@ fn many_drivers_cost_no_descriptors() {
     Rig::each(4096, |name, rig| {
         let before = count();
         for _ in 0..2000 {
-            rig.running = None;
-            rig.ring = MockRing::new(&rig.mem, RING, 64);
-            let (with, _) = activation(&rig.mem, &[&rig.ring], ALL);
-            rig.running = Some(rig.block.activate(with).unwrap());
+            rig.begin_again(64);
         }
         // Other tests of this process open descriptors at the same time.
         assert!(count() < before + 500, "{name}");

@@ -94,22 +94,11 @@ fn longest_turn() {
                 file.write_all_at(&block, at).unwrap();
             }
             let mut rig = Rig::open(&file, false, ALL, make).unwrap();
-            rig.ring = MockRing::new(&rig.mem, RING, 256);
-            let (with, _) = activation(&rig.mem, &[&rig.ring], ALL);
-            rig.running = None;
-            rig.running = Some(rig.block.activate(with).unwrap());
+            rig.begin_again(256);
             if kind == WRITE_ZEROES {
                 rig.ring.send(&[&header(kind, 0), &range(0, 4 << 20, 1)], &[1]);
             } else {
-                let at = rig.ring.buffer(32);
-                rig.mem.write_slice(&header(kind, 0), GuestAddress(at)).unwrap();
-                let flags = if kind == IN { WRITE } else { 0 };
-                rig.ring.descriptor(0, at, 16, NEXT, 1);
-                for i in 1..200 {
-                    rig.ring.descriptor(i, 0x80_0000, 4 << 20, flags | NEXT, i + 1);
-                }
-                rig.ring.descriptor(200, at + 16, 1, WRITE, 0);
-                rig.ring.offer(0);
+                rig.offer_large(kind, 199);
             }
             let (mut longest, mut turns, mut began) = (Duration::ZERO, 1, Instant::now());
             rig.kick().unwrap();

@@ -81,6 +81,29 @@ impl Rig {
         ))
     }
 
+    /// Another driver, with a fresh ring of `size`.
+    fn begin_again(&mut self, size: u16) {
+        self.running = None;
+        self.ring = MockRing::new(&self.mem, RING, size);
+        let (with, _) = activation(&self.mem, &[&self.ring], ALL);
+        self.running = Some(self.block.activate(with).unwrap());
+    }
+
+    /// Offers one request of so many buffers of 4 MiB, all in the same place; says where its status comes.
+    fn offer_large(&mut self, kind: u32, buffers: u16) -> u64 {
+        let at = self.ring.buffer(32);
+        self.mem.write_slice(&header(kind, 0), GuestAddress(at)).unwrap();
+        self.mem.write_obj(0xee_u8, GuestAddress(at + 16)).unwrap();
+        let flags = if kind == IN { WRITE } else { 0 };
+        self.ring.descriptor(0, at, 16, NEXT, 1);
+        for i in 1..=buffers {
+            self.ring.descriptor(i, 0x80_0000, 4 << 20, flags | NEXT, i + 1);
+        }
+        self.ring.descriptor(buffers + 1, at + 16, 1, WRITE, 0);
+        self.ring.offer(0);
+        at + 16
+    }
+
     fn start(file: &File, mut block: Block, features: u64) -> Self {
         let (mem, visible) = memory();
         let ring = MockRing::new(&mem, RING, 64);

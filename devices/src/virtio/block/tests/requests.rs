@@ -247,22 +247,10 @@ fn a_large_request_to_a_disk_in_memory_takes_many_turns() {
     let mut rig = Rig::open(&file, false, ALL, |disk| Ok(disk.inline_engine(64))).unwrap();
     for (kind, expected) in [(IN, 14), (OUT, 14)] {
         // 56 MiB in 14 buffers of 4 MiB, all in the same place.
-        rig.ring = MockRing::new(&rig.mem, RING, 64);
-        let (with, _) = activation(&rig.mem, &[&rig.ring], ALL);
-        rig.running = None;
-        rig.running = Some(rig.block.activate(with).unwrap());
-        let at = rig.ring.buffer(32);
-        rig.mem.write_slice(&header(kind, 0), GuestAddress(at)).unwrap();
-        let flags = if kind == IN { WRITE } else { 0 };
-        rig.ring.descriptor(0, at, 16, NEXT, 1);
-        for i in 1..15 {
-            rig.ring.descriptor(i, 0x80_0000, 4 << 20, flags | NEXT, i + 1);
-        }
-        rig.ring.descriptor(15, at + 16, 1, WRITE, 0);
-        rig.mem.write_obj(0xee_u8, GuestAddress(at + 16)).unwrap();
-        rig.ring.offer(0);
+        rig.begin_again(64);
+        let status = rig.offer_large(kind, 14);
         assert_eq!(turns(&mut rig), expected);
-        assert_eq!(rig.ring.read(at + 16, 1), [0]);
+        assert_eq!(rig.ring.read(status, 1), [0]);
     }
     let mut last = vec![0; 4 << 20];
     rig.file.read_exact_at(&mut last, 52 << 20).unwrap();
