@@ -4,16 +4,19 @@
 mod blob;
 mod confine;
 mod net;
+mod object;
 mod rates;
 mod snp;
 mod tdx;
 mod text;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 pub use blob::{Blob, Blob32, Blob48};
@@ -24,12 +27,15 @@ pub use snp::{Policy, Snp};
 pub use tdx::{Attributes, QuoteService, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
 
+use crate::spec::file::describe;
+use object::object;
+
 /// Everything about one machine. An absent field means its default, which [`Config::with_defaults`] fills in.
 #[derive(Args, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
@@ -53,35 +59,35 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineVersion>,
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
     )]
     pub devices: Devices,
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
     )]
     pub snp: Snp,
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
     )]
     pub tdx: Tdx,
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
     )]
     pub notify: Notify,
     #[command(flatten)]
-    #[serde(skip_serializing_if = "is_default")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "object")]
     #[expect(
         missing_docs,
         reason = "clap would take the text for the command's description"
@@ -215,7 +221,15 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
         /// The kernel's answer.
-        cause: std::io::Error,
+        cause: io::Error,
+    },
+    /// It is a FIFO, a directory or the like.
+    #[error("config {}: is a {found}; give a file, or /dev/stdin", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
     },
     /// It is longer than any configuration can be.
     #[error("config {}: longer than 1 MiB; give the JSON that `cvmm run --print-config` prints", path.display())]
@@ -236,6 +250,27 @@ pub enum ConfigError {
 /// Longest configuration file that is read.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// Opens what a configuration is read from: a file, or what the caller left open for it, as a shell does for `<(…)` and
+/// for /dev/stdin. Anything else comes back with what it is: a FIFO by name could wait for its writer for ever.
+fn open(path: &Path) -> io::Result<(File, Option<&'static str>)> {
+    let mut how = File::options();
+    how.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = how.open(path)?;
+    let metadata = file.metadata()?;
+    let pipe = rustix::fs::fstatfs(&file)?.f_type == PIPEFS_MAGIC;
+    let stdin = rustix::fs::fstat(io::stdin())
+        .is_ok_and(|stdin| (stdin.st_dev, stdin.st_ino) == (metadata.dev(), metadata.ino()));
+    if pipe || stdin {
+        // The writer is there already, and may take its time.
+        rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+    }
+    let good = metadata.is_file() || pipe || stdin;
+    Ok((file, (!good).then(|| describe(metadata.file_type()))))
+}
+
+/// File system of pipes without a name (Linux, include/uapi/linux/magic.h).
+const PIPEFS_MAGIC: i64 = 0x5049_5045;
+
 impl Config {
     /// Reads a JSON file.
     ///
@@ -247,17 +282,28 @@ impl Config {
             cause,
         };
         let mut text = Vec::new();
-        let file = File::open(path).map_err(unreadable)?;
+        let (file, kind) = open(path).map_err(unreadable)?;
+        if let Some(found) = kind {
+            let path = path.into();
+            return Err(ConfigError::NotAFile { path, found });
+        }
         file.take(MAX_BYTES.saturating_add(1))
             .read_to_end(&mut text)
             .map_err(unreadable)?;
         if text.len() as u64 > MAX_BYTES {
             return Err(ConfigError::TooLong { path: path.into() });
         }
-        serde_json::from_slice(&text).map_err(|cause| ConfigError::Malformed {
+        Self::parse(&text).map_err(|cause| ConfigError::Malformed {
             path: path.into(),
             cause,
         })
+    }
+
+    fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut from = serde_json::Deserializer::from_slice(json);
+        let config = object(&mut from)?;
+        from.end()?;
+        Ok(config)
     }
 
     /// Lays `flags` over this configuration: single values replace, lists grow.

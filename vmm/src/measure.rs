@@ -36,7 +36,8 @@ use td::Td;
 )]
 pub struct Args {
     /// Print the digests for 1, 2, … N virtual CPUs, one a line; not on TDX, where their number has no part in it
-    #[arg(long, value_name = "N", help_heading = "Measure", conflicts_with_all = ["diff", "explain"])]
+    #[arg(long, value_name = "N", help_heading = "Measure", conflicts_with_all = ["diff", "explain"],
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(size::MOST_CPUS)))]
     pub table: Option<u32>,
     /// Print every page, register set and event in order: address, type, SHA-384 of the contents, digest so far
     #[arg(long, help_heading = "Measure", conflicts_with = "diff")]

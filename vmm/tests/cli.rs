@@ -53,7 +53,7 @@ fn kernel(dir: &std::path::Path) -> String {
 
 #[test]
 fn mistakes_end_with_code_2_and_say_what_to_do() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["run"], "cvmm: no kernel given; add --kernel PATH"),
         (
             &["run", "--kernel", "/nonexistent"],
@@ -92,6 +92,11 @@ fn mistakes_end_with_code_2_and_say_what_to_do() {
         (&["run", "--disk", "d,ro,ro"], "ro is given twice"),
         (&["run", "--net", "tap=a,tap=b"], "tap is given twice"),
         (&["run", "--policy", "x"], "not a hexadecimal number"),
+        (
+            &["measure", "--table", "257"],
+            "cvmm: invalid value '257' for '--table <N>': 257 is not in 1..=256; see --help",
+        ),
+        (&["measure", "--table", "0"], "0 is not in 1..=256"),
     ];
     for (args, says) in cases {
         let (code, out, err) = run(args);
@@ -143,6 +148,27 @@ fn what_cvmm_writes_never_goes_over_what_it_reads() {
         "/dev/null",
     ];
     assert!(run(&shared).2.contains("kernel /nonexistent: not found"));
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_configuration_comes_from_a_file_or_an_open_pipe_and_nobody_waits_for_a_fifo() {
+    let dir = directory("config");
+    let fifo = dir.join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let fifo = fifo.to_str().unwrap();
+    let cvmm = env!("CARGO_BIN_EXE_cvmm");
+    let patient = Command::new("timeout")
+        .args(["10", cvmm, "run", "--config", fifo, "--print-config"])
+        .output();
+    let refused = format!("cvmm: config {fifo}: is a FIFO; give a file, or /dev/stdin\n");
+    assert_eq!(told(patient.unwrap()), (2, String::new(), refused));
+    // Its writer takes its time.
+    let script =
+        format!("(sleep 0.1; echo '{{\"cpus\": 3}}') | {cvmm} run --config /dev/stdin --print-config");
+    let (code, json, err) = told(Command::new("sh").args(["-c", &script]).output().unwrap());
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(json.contains("\"cpus\": 3"), "{json}");
     fs::remove_dir_all(dir).unwrap();
 }
 

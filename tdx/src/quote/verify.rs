@@ -3,6 +3,7 @@
 
 use dcap_qvl::QuoteCollateralV3;
 use dcap_qvl::verify::QuoteVerifier;
+use webpki::Error as Fault;
 
 use super::Quote;
 
@@ -25,7 +26,7 @@ impl Collateral {
     }
 }
 
-/// Why a quote does not verify, in the words of `dcap-qvl`.
+/// Why a quote does not verify, in words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ChainFault(String);
@@ -62,6 +63,47 @@ pub fn verify(quote: &Quote, collateral: &Collateral, at: u64) -> Result<TcbLeve
             status: report.status,
             advisories: report.advisory_ids,
         }),
-        Err(e) => Err(ChainFault(format!("{e:#}"))),
+        Err(e) => Err(ChainFault(match e.downcast_ref() {
+            Some(fault) => certificate_fault(fault),
+            None => format!("{e:#}"),
+        })),
+    }
+}
+
+/// What is wrong with a certificate or a revocation list. `webpki` has no words for it, only the names of its own types.
+fn certificate_fault(fault: &Fault) -> String {
+    let fetch = "fetch the collateral again, or judge by an earlier time with --at";
+    match fault {
+        Fault::CrlExpired { next_update, .. } => {
+            let until = next_update.as_secs();
+            format!("a revocation list of the collateral has expired (at second {until} since 1970); {fetch}")
+        }
+        Fault::CertExpired { not_after, .. } => {
+            let until = not_after.as_secs();
+            format!("a certificate has expired (at second {until} since 1970); {fetch}")
+        }
+        Fault::CertNotValidYet { not_before, .. } => {
+            let from = not_before.as_secs();
+            format!(
+                "a certificate is not valid yet (from second {from} since 1970); correct the clock, or --at"
+            )
+        }
+        Fault::CertRevoked => "a certificate behind the quote is revoked; do not trust this host".into(),
+        Fault::UnknownIssuer => "a certificate does not lead to Intel's root".into(),
+        Fault::UnknownRevocationStatus => {
+            "the collateral's revocation lists do not cover a certificate; fetch the collateral again".into()
+        }
+        Fault::InvalidSignatureForPublicKey => "a certificate was not signed by its issuer".into(),
+        Fault::InvalidCrlSignatureForPublicKey => {
+            "a revocation list of the collateral was not signed by its issuer; fetch it again".into()
+        }
+        other => {
+            let name = format!("{other:?}");
+            let name = name
+                .split(|c: char| !c.is_alphanumeric())
+                .next()
+                .unwrap_or_default();
+            format!("a certificate or revocation list cannot be used ({name}); fetch the collateral again")
+        }
     }
 }

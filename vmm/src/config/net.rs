@@ -56,9 +56,15 @@ struct Fields {
     mac: Option<Mac>,
     #[serde(skip_serializing_if = "Option::is_none")]
     queues: Option<u16>,
-    #[serde(skip_serializing_if = "Rates::are_unlimited")]
+    #[serde(
+        skip_serializing_if = "Rates::are_unlimited",
+        deserialize_with = "super::object::object"
+    )]
     rx_limit: Rates,
-    #[serde(skip_serializing_if = "Rates::are_unlimited")]
+    #[serde(
+        skip_serializing_if = "Rates::are_unlimited",
+        deserialize_with = "super::object::object"
+    )]
     tx_limit: Rates,
 }
 

@@ -16,7 +16,7 @@ fn parse(line: &str) -> Result<Config, clap::Error> {
 }
 
 fn from_json(json: &str) -> Result<Config, String> {
-    serde_json::from_str(json).map_err(|e| e.to_string())
+    Config::parse(json.as_bytes()).map_err(|e| e.to_string())
 }
 
 const ALL_FLAGS: &str = "--kernel k --initrd i --cmdline quiet --memory 512M --cpus 2 --platform snp --machine v1 \
@@ -123,6 +123,34 @@ fn unknown_and_malformed_json_is_refused() {
         (r#"{"machine": "v2"}"#, "unknown variant `v2`"),
         (r#"{"cpus": -1}"#, "invalid value"),
         ("", "EOF"),
+        (
+            "[]",
+            "invalid type: sequence, expected an object in braces at line 1",
+        ),
+        (r#"["vmlinuz"]"#, "expected an object in braces"),
+        ("null", "expected an object in braces"),
+        ("{}{}", "trailing characters"),
+        (r#"{"cpus": 1, "cpus": 2}"#, "duplicate field `cpus`"),
+        (r#"{"boot": {}, "boot": {}}"#, "duplicate field `boot`"),
+        (
+            r#"{"boot": {"kernel": "a", "kernel": "b"}}"#,
+            "duplicate field `kernel`",
+        ),
+        (r#"{"boot": []}"#, "expected an object in braces"),
+        (r#"{"boot": ["vmlinuz"]}"#, "expected an object in braces"),
+        (r#"{"devices": []}"#, "expected an object in braces"),
+        (r#"{"snp": []}"#, "expected an object in braces"),
+        (r#"{"tdx": []}"#, "expected an object in braces"),
+        (r#"{"notify": []}"#, "expected an object in braces"),
+        (r#"{"confine": []}"#, "expected an object in braces"),
+        (
+            r#"{"devices": {"disks": [{"path": "a", "limit": [5]}]}}"#,
+            "expected an object in braces",
+        ),
+        (
+            r#"{"devices": {"nets": [{"tap": "t", "rx_limit": []}]}}"#,
+            "expected an object in braces",
+        ),
     ];
     for (json, says) in cases {
         let error = from_json(json).unwrap_err();
@@ -200,6 +228,11 @@ fn a_file_that_is_no_configuration_is_refused_in_one_line() {
     );
     std::fs::write(&path, vec![b' '; 2 << 20]).unwrap();
     assert!(matches!(Config::load(&path), Err(ConfigError::TooLong { .. })));
+    let error = Config::load(&dir).unwrap_err().to_string();
+    assert!(
+        error.ends_with(": is a directory; give a file, or /dev/stdin"),
+        "{error}"
+    );
     std::fs::remove_dir_all(dir).unwrap();
 }
 

@@ -107,7 +107,11 @@ pub struct Disk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// Rates to keep, over all queues together.
-    #[serde(default, skip_serializing_if = "Rates::are_unlimited")]
+    #[serde(
+        default,
+        skip_serializing_if = "Rates::are_unlimited",
+        deserialize_with = "super::object::object"
+    )]
     pub limit: Rates,
 }
 

@@ -74,7 +74,7 @@ fn remedy(cause: &io::Error) -> &'static str {
 }
 
 /// A file type in words.
-pub(super) fn describe(kind: FileType) -> &'static str {
+pub(crate) fn describe(kind: FileType) -> &'static str {
     match kind {
         k if k.is_dir() => "directory",
         k if k.is_fifo() => "FIFO",

@@ -50,7 +50,7 @@ pub enum SizeError {
 const LEAST_MEMORY: u64 = 64 << 20;
 const MOST_MEMORY: u64 = 440 << 30;
 /// Most processors of a machine, whatever KVM can do.
-const MOST_CPUS: u32 = 256;
+pub(crate) const MOST_CPUS: u32 = 256;
 
 pub(super) fn check_memory(given: Size, host_bytes: u64) -> Result<u64, SizeError> {
     let host = Size(host_bytes & !UNIT.wrapping_sub(1));
