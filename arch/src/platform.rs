@@ -188,4 +188,9 @@ pub trait Sealed: Send + Sync + std::fmt::Debug {
         let _ = error;
         None
     }
+    /// What the guest did if the CPU refuses to enter it for `reason`; `None` if that can only be the host's fault.
+    fn explain_entry_failure(&self, reason: u64) -> Option<String> {
+        let _ = reason;
+        None
+    }
 }

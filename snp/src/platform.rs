@@ -1,6 +1,7 @@
 //! SNP behind the traits that the machine knows.
 
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::exit::PlatformExit;
@@ -205,7 +206,33 @@ pub struct UnknownExit {
     event: u32,
 }
 
+/// What an SNP guest did if `KVM_RUN` fails with `error` (Linux 7.2, arch/x86/kvm/svm/sev.c, `sev_handle_vmgexit` and
+/// `snp_handle_guest_req`).
+fn explain_failure(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error()? {
+        libc::EINVAL => Some("it asked the host for something that KVM does not know (VMGEXIT)"),
+        libc::EIO => Some(
+            "it gave pages for an attestation request that KVM cannot use, or KVM has given the VM up \
+             (`dmesg | grep -i kvm` on the host tells which)",
+        ),
+        _ => None,
+    }
+}
+
+/// `SVM_EXIT_ERR`: the save area is invalid or gone. The guest made all save areas but the first ones, and gives back what
+/// it likes.
+const INVALID_SAVE_AREA: u64 = u64::MAX;
+
 impl Sealed for Guest {
+    fn explain_failure(&self, error: &io::Error) -> Option<String> {
+        explain_failure(error).map(Into::into)
+    }
+
+    fn explain_entry_failure(&self, reason: u64) -> Option<String> {
+        (reason == INVALID_SAVE_AREA)
+            .then(|| "a vCPU's save area is invalid, or the guest gave it back".into())
+    }
+
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
         let unknown = UnknownExit {
             reason: exit.reason,
@@ -255,6 +282,22 @@ mod tests {
             });
             let waits = drained.recv_timeout(Duration::from_millis(100)).is_err();
             *self.waited.lock().unwrap() = Some(waits);
+        }
+    }
+
+    #[test]
+    fn failures_that_a_guest_can_cause_are_the_guests() {
+        let explain = |errno| explain_failure(&io::Error::from_raw_os_error(errno));
+        assert!(explain(libc::EINVAL).is_some_and(|why| why.contains("VMGEXIT")));
+        assert!(explain(libc::EIO).is_some_and(|why| why.contains("attestation request")));
+        for errno in [
+            libc::EBADF,
+            libc::ENOMEM,
+            libc::EBUSY,
+            libc::ETIMEDOUT,
+            libc::EHWPOISON,
+        ] {
+            assert_eq!(explain(errno), None, "{errno}");
         }
     }
 

@@ -1,7 +1,6 @@
 //! The command line: what it means, and what each command does.
 
 use std::fmt::Write as _;
-use std::io;
 use std::panic::{self, PanicHookInfo};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -302,10 +301,14 @@ pub(crate) fn merge(flags: Config, file: Option<&Path>) -> Result<Config, Config
 }
 
 fn print(config: &Config) -> u8 {
-    let printed = serde_json::to_string_pretty(config)
-        .map_err(io::Error::from)
-        .and_then(|json| measure::say(&json));
-    match printed {
+    let json = match serde_json::to_string_pretty(config) {
+        Ok(json) => json,
+        Err(e) => {
+            eprintln!("cvmm: print-config: {e}, which JSON cannot hold; rename the file");
+            return ExitClass::Usage as u8;
+        }
+    };
+    match measure::say(&json) {
         Ok(()) => ExitClass::Success as u8,
         Err(e) => {
             eprintln!("cvmm: printing the configuration: {e}");

@@ -102,8 +102,8 @@ fn internal_error(suberror: u32) -> &'static str {
         1 => {
             "it met a guest instruction that it cannot emulate (is this KVM itself a nested, paravirtual one? see `cvmm doctor`)"
         }
-        2 => "two exceptions met while it delivered an event",
-        3 => "a fault met while it delivered an event",
+        2 => "two exceptions met while KVM delivered an event",
+        3 => "a fault met while KVM delivered an event",
         4 => "the CPU left the guest for a reason that KVM does not know",
         _ => "internal error",
     }
@@ -132,7 +132,10 @@ pub fn step(vcpu: &mut impl Enter, memory: &mut Memory, to: &Services) -> Result
         match next {
             Served::Flow(flow) => return Ok(flow),
             Served::Finish(until_done) => {
-                next = serve(vcpu.finish()?, memory, to)?;
+                next = match vcpu.finish() {
+                    Ok(exit) => serve(exit, memory, to)?,
+                    Err(e) => return failed(e, to),
+                };
                 drop(until_done);
             }
             Served::Populate(range) => {
@@ -204,7 +207,17 @@ fn serve(exit: Exit<'_>, memory: &mut Memory, to: &Services) -> Result<Served, V
         }
         Exit::Interrupted => {}
         Exit::Shutdown => return Ok(Served::Flow(Flow::Crashed("triple fault".into()))),
-        Exit::EntryFailed(reason) => return Err(VcpuError::EntryFailed(reason)),
+        Exit::EntryFailed(reason) => {
+            let guests = to.platform.explain_entry_failure(reason).map(Flow::Crashed);
+            return guests.map(Served::Flow).ok_or(VcpuError::EntryFailed(reason));
+        }
+        // Whose stack or descriptor tables are no memory.
+        Exit::Internal {
+            suberror: suberror @ (2 | 3),
+            ..
+        } => {
+            return Ok(Served::Flow(Flow::Crashed(internal_error(suberror).into())));
+        }
         Exit::Internal { suberror, data } => return Err(VcpuError::Internal { suberror, data }),
     }
     Ok(Served::Flow(Flow::Resume))

@@ -10,6 +10,7 @@ mod kernel;
 use std::fs::{self, File};
 use std::io::{Read, pipe};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -170,6 +171,19 @@ fn a_configuration_comes_from_a_file_or_an_open_pipe_and_nobody_waits_for_a_fifo
     assert_eq!((code, err.as_str()), (0, ""));
     assert!(json.contains("\"cpus\": 3"), "{json}");
     fs::remove_dir_all(dir).unwrap();
+}
+
+/// The host has not failed at anything.
+#[test]
+fn a_path_that_json_cannot_hold_is_the_users_to_change() {
+    let odd = std::ffi::OsStr::from_bytes(b"/boot/\xff");
+    let mut command = cvmm(&["run", "--print-config", "--kernel"]);
+    let (code, out, err) = told(command.arg(odd).output().unwrap());
+    assert_eq!((code, out.as_str()), (2, ""));
+    assert_eq!(
+        err,
+        "cvmm: print-config: path contains invalid UTF-8 characters, which JSON cannot hold; rename the file\n"
+    );
 }
 
 #[test]

@@ -222,7 +222,7 @@ impl Vcpu {
     /// # Errors
     /// The signal handler could not be installed.
     pub fn listen_for_kicks(&mut self) -> io::Result<KickGuard> {
-        vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)?;
+        hear_kicks()?;
         let run: *mut kvm_run = self.fd.get_kvm_run();
         // SAFETY: `run` points at the live kvm_run page; only the field's address is taken, nothing is read.
         let flag = unsafe { &raw mut (*run).immediate_exit };
@@ -241,7 +241,7 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(0);
         let reason = self.fd.get_kvm_run().exit_reason;
         if let Some(errno) = failure
-            && reason != KVM_EXIT_MEMORY_FAULT
+            && !is_wrong_side(errno.errno(), reason)
         {
             return match errno.errno() {
                 libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
@@ -293,6 +293,12 @@ impl Vcpu {
             Exit::PioIn { port, size, data }
         }
     }
+}
+
+/// True if `KVM_RUN` failed because the guest touched memory on its wrong side. With any other error the host failed at
+/// giving the guest its page: it has no memory left, or what it has is broken (`EHWPOISON`).
+fn is_wrong_side(errno: i32, reason: u32) -> bool {
+    reason == KVM_EXIT_MEMORY_FAULT && errno == libc::EFAULT
 }
 
 fn word(body: &[u8; 256], at: usize) -> u16 {
@@ -413,6 +419,12 @@ impl Drop for KickGuard {
 /// Signal that means "come out of the guest".
 pub fn kick_signal() -> i32 {
     vmm_sys_util::signal::SIGRTMIN()
+}
+
+/// Lets kicks interrupt this thread, also if whoever started cvmm had the signal blocked, which programs inherit.
+fn hear_kicks() -> io::Result<()> {
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)?;
+    vmm_sys_util::signal::unblock_signal(kick_signal()).map_err(|e| io::Error::other(e.to_string()))
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

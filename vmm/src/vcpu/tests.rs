@@ -20,8 +20,9 @@ enum Scripted {
     WrongSide(u64, Visibility),
     Platform(u32, Box<[u8; 256]>),
     Shutdown,
-    EntryFailed,
-    Internal,
+    EntryFailed(u64),
+    Internal(u32),
+    RunFails(i32),
 }
 
 struct Script(Scripted, Vec<PageRange>);
@@ -31,10 +32,11 @@ impl Enter for Script {
     }
 
     fn finish(&mut self) -> Result<Exit<'_>, RunError> {
-        Ok(Exit::Interrupted)
+        Err(run_error(libc::EIO))
     }
     fn enter(&mut self) -> Result<Exit<'_>, RunError> {
         Ok(match &mut self.0 {
+            Scripted::RunFails(errno) => return Err(run_error(*errno)),
             Scripted::PioIn(port, size, data) => Exit::PioIn {
                 port: *port,
                 size: *size,
@@ -63,13 +65,18 @@ impl Enter for Script {
                 body,
             }),
             Scripted::Shutdown => Exit::Shutdown,
-            Scripted::EntryFailed => Exit::EntryFailed(7),
-            Scripted::Internal => Exit::Internal {
-                suberror: 1,
+            Scripted::EntryFailed(reason) => Exit::EntryFailed(*reason),
+            Scripted::Internal(suberror) => Exit::Internal {
+                suberror: *suberror,
                 data: [0; 4],
             },
         })
     }
+}
+
+fn run_error(errno: i32) -> RunError {
+    let source = io::Error::from_raw_os_error(errno);
+    RunError::Run { index: 0, source }
 }
 
 #[derive(Debug)]
@@ -98,7 +105,16 @@ impl Backing for HostFails {
 struct Ends;
 impl Sealed for Ends {
     fn handle_exit(&self, exit: PlatformExit<'_>) -> Result<PlatformFlow, PlatformError> {
+        if exit.reason == 43 {
+            return Ok(PlatformFlow::Finish(Box::new(())));
+        }
         Ok(PlatformFlow::Terminated(format!("reason {}", exit.reason)))
+    }
+    fn explain_failure(&self, error: &io::Error) -> Option<String> {
+        (error.raw_os_error() == Some(libc::EIO)).then(|| "its pages are bad".into())
+    }
+    fn explain_entry_failure(&self, reason: u64) -> Option<String> {
+        (reason == u64::MAX).then(|| "its registers are bad".into())
     }
 }
 
@@ -254,16 +270,36 @@ fn endings() {
     );
     let (flow, _) = once(Scripted::Platform(24, Box::new([0; 256])), &to);
     assert_eq!(flow.unwrap(), Flow::Terminated("reason 24".into()));
-    let refused = once(Scripted::EntryFailed, &to).0.unwrap_err();
+    let refused = once(Scripted::EntryFailed(7), &to).0.unwrap_err();
     assert_eq!(
         refused.to_string(),
         "the CPU refuses to enter the guest, hardware reason 0x7"
     );
     assert!(
-        once(Scripted::Internal, &to)
+        once(Scripted::Internal(1), &to)
             .0
             .unwrap_err()
             .to_string()
             .contains("cvmm doctor")
     );
+}
+
+/// Else whoever supervises the host takes it out of service for what a guest did.
+#[test]
+fn what_the_guest_did_is_no_failure_of_the_host() {
+    let (to, _) = services(Works);
+    let crashed = |script| match once(script, &to).0 {
+        Ok(Flow::Crashed(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(crashed(Scripted::RunFails(libc::EIO)), "its pages are bad");
+    assert!(once(Scripted::RunFails(libc::ENOMEM), &to).0.is_err());
+    // Not only entering fails: what an exit interrupted may, too.
+    let certificates = Scripted::Platform(43, Box::new([0; 256]));
+    assert_eq!(crashed(certificates), "its pages are bad");
+    assert_eq!(crashed(Scripted::EntryFailed(u64::MAX)), "its registers are bad");
+    for suberror in [2, 3] {
+        assert!(crashed(Scripted::Internal(suberror)).contains("delivered an event"));
+    }
+    assert!(once(Scripted::Internal(4), &to).0.is_err());
 }

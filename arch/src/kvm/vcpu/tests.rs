@@ -89,3 +89,33 @@ fn segment_attributes_unpack_as_the_vmcb_packs_them() {
         3
     );
 }
+
+/// Else the guest would be blamed for it, after a thousand attempts.
+#[test]
+fn a_page_that_the_host_cannot_give_is_no_touch_of_the_wrong_side() {
+    assert!(is_wrong_side(libc::EFAULT, KVM_EXIT_MEMORY_FAULT));
+    for errno in [
+        libc::EHWPOISON,
+        libc::ENOMEM,
+        libc::EIO,
+        libc::ENOENT,
+        libc::EAGAIN,
+    ] {
+        assert!(!is_wrong_side(errno, KVM_EXIT_MEMORY_FAULT), "{errno}");
+    }
+    assert!(!is_wrong_side(libc::EFAULT, uapi::EXIT_UNKNOWN));
+}
+
+/// Or a vCPU would never come out of its guest, and cvmm never end.
+#[test]
+fn kicks_arrive_although_the_caller_had_the_signal_blocked() {
+    vmm_sys_util::signal::block_signal(kick_signal()).unwrap();
+    let mut flag = 0_u8;
+    IMMEDIATE_EXIT.set(&raw mut flag);
+    hear_kicks().unwrap();
+    // SAFETY: sends this thread a signal, whose handler writes to `flag` and nothing else.
+    assert_eq!(unsafe { libc::raise(kick_signal()) }, 0);
+    IMMEDIATE_EXIT.set(ptr::null_mut());
+    // SAFETY: `flag` is alive, and the handler that wrote to it has returned.
+    assert_eq!(unsafe { (&raw const flag).read_volatile() }, 1);
+}
