@@ -291,12 +291,20 @@ impl Sink {
             };
             match written {
                 Ok(n) if n > 0 => drop(self.pending.drain(..n)),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) if passes(e.kind()) => return,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 _ => self.to = None,
             }
         }
     }
+}
+
+/// True of a slow reader and of a full disk, which may have room again.
+fn passes(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::WouldBlock | ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 /// Opening a FIFO for writing alone fails until somebody reads; with both it waits in the pipe.

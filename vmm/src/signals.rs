@@ -31,6 +31,11 @@ impl Signals {
         Ok(Self { fd, asked: false })
     }
 
+    /// True once a signal has asked for the machine's end.
+    pub fn asked(&self) -> bool {
+        self.asked
+    }
+
     /// What the next pending signal asks for, if there is one; never blocks.
     ///
     /// # Errors

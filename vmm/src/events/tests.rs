@@ -86,6 +86,22 @@ fn events_are_lines_of_the_documented_shape() {
 }
 
 #[test]
+fn a_full_disk_is_a_slow_reader_and_no_lost_one() {
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let events = Events::new(Some(Target::File(full)), None);
+    events.emit(&Event::GuestReboot);
+    let (reader, writer) = io::pipe().unwrap();
+    let mut sink = events.0.sink.lock().unwrap();
+    assert!(sink.to.is_some(), "given up");
+    sink.to = Some(Target::File(File::from(OwnedFd::from(writer))));
+    drop(sink);
+    events.emit(&Event::GuestOff);
+    let mut reader = BufReader::new(reader);
+    assert_eq!(line(&mut reader)["event"], "guest_reboot");
+    assert_eq!(line(&mut reader)["event"], "guest_off");
+}
+
+#[test]
 fn a_slow_reader_never_blocks_the_machine_and_learns_what_it_missed() {
     let (reader, events) = to_pipe();
     let start = Instant::now();

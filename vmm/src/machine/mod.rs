@@ -48,17 +48,50 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
             sandbox: &sandbox,
         };
         let ending = run::live(&mut world)?;
-        if ending != Ending::Reboot {
+        if ending == Ending::Reboot {
+            events.emit(&Event::GuestReboot);
+        }
+        if let Some(ending) = last(ending, parts.reboots, signals.asked()) {
             return Ok(ending);
         }
-        events.emit(&Event::GuestReboot);
-        if !parts.reboots {
-            return Ok(ending);
-        }
+    }
+}
+
+/// What the machine comes to after a life that ended so; `None` is another life. Whoever has asked for the machine's end
+/// gets it when the guest reboots, too: it may have begun to before it could see the power button.
+fn last(ending: Ending, reboots: bool, asked: bool) -> Option<Ending> {
+    match ending {
+        Ending::Reboot if asked => Some(Ending::PowerOff),
+        Ending::Reboot if reboots => None,
+        Ending::Reboot
+        | Ending::PowerOff
+        | Ending::Terminated(_)
+        | Ending::Crashed(_)
+        | Ending::Forced(_) => Some(ending),
     }
 }
 
 /// The socket is bound once: whoever connects while the guest reboots waits instead of being refused.
 fn open_vsock(spec: &VsockSpec) -> Result<Vsock, RunError> {
     Vsock::open(spec.cid.into(), &spec.uds).map_err(|e| RunError::host("opening vsock")(io::Error::other(e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_reboots_when_it_was_asked_to_go_has_no_further_life() {
+        let cases = [
+            (Ending::Reboot, true, false, None),
+            (Ending::Reboot, false, false, Some(Ending::Reboot)),
+            (Ending::Reboot, true, true, Some(Ending::PowerOff)),
+            (Ending::Reboot, false, true, Some(Ending::PowerOff)),
+            (Ending::PowerOff, true, true, Some(Ending::PowerOff)),
+            (Ending::Forced(15), true, true, Some(Ending::Forced(15))),
+        ];
+        for (ending, reboots, asked, expected) in cases {
+            assert_eq!(last(ending, reboots, asked), expected);
+        }
+    }
 }

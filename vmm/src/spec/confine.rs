@@ -105,6 +105,13 @@ fn reach(config: &Config) -> (Reach, Option<PathBuf>) {
     }
     if let Some(path) = &config.snp.certs {
         reach.reads.push(directory(path));
+        // Where a link leads; Landlock looks there.
+        let real = path.canonicalize().map(|real| directory(&real));
+        if let Ok(real) = real
+            && !real.starts_with(directory(path))
+        {
+            reach.reads.push(real);
+        }
         paths.push(path);
     }
     if let Some(QuoteService::Unix(path)) = &config.tdx.quote_service {
@@ -214,6 +221,27 @@ mod tests {
             };
             assert!(found.contains(expected), "{text}: {found}");
         }
+    }
+
+    /// Or the certificates are there when cvmm starts, and gone for every request.
+    #[test]
+    fn certificates_are_reached_where_their_link_leads() {
+        let dir = std::env::temp_dir().join(format!("cvmm-reach-{}", std::process::id()));
+        for name in ["link", "link/version", "real"] {
+            fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        let (table, below) = (dir.join("real/table"), dir.join("link/version/table"));
+        for (file, expected) in [(&table, &["link", "real"][..]), (&below, &["link"][..])] {
+            fs::write(file, "").unwrap();
+            let link = dir.join("link/table");
+            let _ = fs::remove_file(&link);
+            std::os::unix::fs::symlink(file, &link).unwrap();
+            let mut config = Config::default();
+            config.snp.certs = Some(link);
+            let expected: Vec<_> = expected.iter().map(|name| dir.join(name)).collect();
+            assert_eq!(reach(&config).0.reads, expected);
+        }
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
