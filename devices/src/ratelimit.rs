@@ -42,6 +42,15 @@ impl LogGate {
         }
     }
 
+    /// How many of a thousand lines within one second may be written.
+    #[cfg(test)]
+    pub(crate) fn lines_in_a_second(&self) -> usize {
+        // Later than whatever other tests write.
+        let start = Instant::now() + Duration::from_secs(3600);
+        let moments = (0..1000).map(|i| start + Duration::from_micros(999 * i));
+        moments.filter(|now| self.admit(*now).is_some()).count()
+    }
+
     /// `Some` if a line may be written at `now`: how many were refused since the last one.
     fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -100,11 +100,12 @@ pub trait Engine: Send + Debug {
     /// Nothing was begun, and no completion will come.
     fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused>;
     /// Starts all that was submitted, then appends what finished to `done`. Does not block. On a file that lives in
-    /// memory this thread does the work, a bounded part of it: true if some is left, for which the notifier stays silent.
+    /// memory this thread does the work, as far as `copies` goes, in bytes, from which it takes what it did: true if some
+    /// is left, for which the notifier stays silent.
     ///
     /// # Errors
     /// The host refuses to start operations; they stay queued for the next call.
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool>;
+    fn run(&mut self, done: &mut Vec<Done>, copies: &mut u64) -> io::Result<bool>;
     /// Operations submitted and not returned yet.
     fn in_flight(&self) -> usize;
     /// Finishes everything in flight and forgets it; false if the host did not get there within `limit`, and then the
@@ -115,6 +116,10 @@ pub trait Engine: Send + Debug {
 /// What a thread for disk I/O does before its work: it gives up what it does not need. A thread for which that fails
 /// does not work.
 pub type Enter = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// What the calling thread copies at a time, for all engines of a disk together, while it holds up conversions, in bytes: a
+/// few milliseconds' worth. A piece that has begun is copied to its end, so it may be twice as much.
+pub const COPIES: u64 = 4 << 20;
 
 /// How long a dropped engine waits for the host.
 const DROP_LIMIT: Duration = Duration::from_secs(10);

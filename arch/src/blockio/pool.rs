@@ -11,14 +11,12 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::call;
-use super::flight::{Flight, PIECE_BYTES, Step, Work};
+use super::flight::{Flight, Step, Work};
 use super::{Action, DROP_LIMIT, Done, Engine, Enter, Refused};
 use crate::mem::SharedMem;
 
 /// Threads for one disk.
 const THREADS: usize = 4;
-/// What one run moves in the calling thread, which holds up conversions meanwhile, in bytes: a few milliseconds of copying.
-const BYTES_PER_RUN: u64 = PIECE_BYTES as u64;
 /// Stack of such a thread in bytes; it holds a few frames and a system call.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -211,19 +209,18 @@ impl Pool {
         }
     }
 
-    /// Does a bounded part of what was submitted in this thread; true if some is left.
-    fn work(&mut self, done: &mut Vec<Done>) -> bool {
-        let mut left = BYTES_PER_RUN;
+    /// Does what was submitted in this thread as far as `left` goes; true if some is left.
+    fn work(&mut self, done: &mut Vec<Done>, left: &mut u64) -> bool {
         while let Some(flight) = self.submitted.front_mut() {
-            if left == 0 {
+            if *left == 0 {
                 return true;
             }
             let allocates = matches!(flight.work(), Work::Allocate { .. });
-            let result = call(&self.crew.file, flight, left);
-            left = match u64::try_from(result) {
+            let result = call(&self.crew.file, flight, *left);
+            *left = match u64::try_from(result) {
                 _ if allocates => 0,
                 Ok(moved) => left.saturating_sub(moved),
-                Err(_) => left,
+                Err(_) => *left,
             };
             if let Step::Over(result) = flight.settle(result) {
                 let over = self.submitted.pop_front();
@@ -244,11 +241,11 @@ impl Engine for Pool {
         Ok(())
     }
 
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
+    fn run(&mut self, done: &mut Vec<Done>, copies: &mut u64) -> io::Result<bool> {
         let before = done.len();
         let mut more = false;
         if self.place == Place::Caller {
-            more = self.work(done);
+            more = self.work(done, copies);
         } else {
             if !self.submitted.is_empty() {
                 self.crew.assign(self.submitted.drain(..), &self.outbox);

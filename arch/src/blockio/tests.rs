@@ -92,7 +92,7 @@ impl Rig {
         let mut done = vec![];
         let until = Instant::now() + LONG;
         loop {
-            let more = self.engine.run(&mut done).unwrap();
+            let more = self.engine.run(&mut done, &mut { COPIES }).unwrap();
             if done.len() >= count {
                 return done;
             }
@@ -329,7 +329,11 @@ fn what_the_calling_thread_does_is_bounded_and_the_rest_is_done_later() {
         }
         let mut done = vec![];
         for last in expected {
-            assert_eq!(rig.engine.run(&mut done).unwrap(), !last, "{actions:?}");
+            assert_eq!(
+                rig.engine.run(&mut done, &mut { COPIES }).unwrap(),
+                !last,
+                "{actions:?}"
+            );
         }
         assert_eq!(done.len(), actions.len());
         assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
@@ -358,7 +362,7 @@ fn a_large_read_is_not_copied_by_the_thread_that_begins_it() {
         let returned_early = (0..20).any(|_| {
             rig.engine.submit(&rig.mem, 1, read).unwrap();
             let mut done = vec![];
-            rig.engine.run(&mut done).unwrap();
+            rig.engine.run(&mut done, &mut { COPIES }).unwrap();
             let early = done.is_empty();
             assert!(!early || rig.collect(1)[0].result.is_ok());
             early

@@ -199,7 +199,7 @@ impl Engine for Uring {
         Ok(())
     }
 
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
+    fn run(&mut self, done: &mut Vec<Done>, _copies: &mut u64) -> io::Result<bool> {
         // What completes during the submission is taken right here and needs no wake-up.
         self.ring.completion().disable_eventfd();
         let mut result = self.start();
@@ -224,7 +224,7 @@ impl Engine for Uring {
         let mut forgotten = Vec::new();
         loop {
             // What came short, or was never begun, would not end by itself.
-            let begun = self.run(&mut forgotten);
+            let begun = self.run(&mut forgotten, &mut 0);
             forgotten.clear();
             if self.in_flight() == 0 {
                 return true;

@@ -30,7 +30,7 @@ const LINE_WAIT: Duration = Duration::from_millis(4);
 const LAST_STEPS: u32 = 10;
 const LAST_STEP_MS: u32 = 30;
 
-static GATE: LogGate = LogGate::new(1);
+pub(super) static GATE: LogGate = LogGate::new(1);
 
 /// What one round of service came to.
 #[derive(Debug, Default)]

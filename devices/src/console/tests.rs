@@ -382,3 +382,8 @@ fn nothing_is_kept_where_nobody_listens() {
     assert_eq!(console.dropped(), 0);
     assert!(!ready(&console, 20));
 }
+
+#[test]
+fn lost_output_is_told_of_once_per_second() {
+    assert_eq!(state::GATE.lines_in_a_second(), 1);
+}

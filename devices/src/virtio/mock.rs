@@ -6,12 +6,12 @@
 )]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
 use arch::addr::{Gpa, PageRange};
-use arch::mem::{SharedMem, Visibility, VisibilityMap};
+use arch::mem::{SharedMem, Visibility, VisibilityMap, Watch};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 use super::device::{Activation, feature};
 use super::queue::{QueueIrq, VirtQueue};
@@ -222,6 +222,48 @@ impl MockRing {
         let mut bytes = vec![0; len];
         self.mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
+    }
+}
+
+/// A driver on another vCPU: each time that the device asks for kicks (EVENT_IDX) it makes the next entry of its ring
+/// available, too early to see the wish and to kick.
+#[derive(Debug)]
+pub struct Late {
+    mem: SharedMem,
+    index: u64,
+    wish: u64,
+    wished: AtomicBool,
+    available: AtomicU16,
+    last: u16,
+}
+
+impl Late {
+    /// Makes entries of `ring` available, up to index `last`.
+    pub fn new(ring: &MockRing, last: u16) -> Self {
+        Self {
+            mem: ring.mem.clone(),
+            index: ring.avail() + 2,
+            wish: ring.used_ring() + 4 + u64::from(ring.size) * 8,
+            wished: AtomicBool::new(false),
+            available: AtomicU16::new(ring.available),
+            last,
+        }
+    }
+}
+
+impl Watch for Late {
+    fn before(&self, at: Gpa, _: u64, access: Permissions) {
+        if at.0 == self.wish && access == Permissions::Write {
+            self.wished.store(true, Ordering::SeqCst);
+        }
+        let looks = at.0 == self.index && access == Permissions::Read;
+        if looks
+            && self.wished.swap(false, Ordering::SeqCst)
+            && self.available.load(Ordering::SeqCst) < self.last
+        {
+            let next = self.available.fetch_add(1, Ordering::SeqCst) + 1;
+            self.mem.write_obj(next, GuestAddress(self.index)).unwrap();
+        }
     }
 }
 

@@ -50,11 +50,15 @@ impl Bucket {
 
     fn refill(&mut self, now: Instant) {
         let nanos = now.saturating_duration_since(self.at).as_nanos();
-        let come = nanos.saturating_mul(self.per_second.into()) / NANOS;
+        let rate = u128::from(self.per_second).max(1);
+        let come = nanos.saturating_mul(rate) / NANOS;
         if come != 0 {
+            // What is less than a token stays for the next time.
+            let spent = come.saturating_mul(NANOS).div_ceil(rate);
+            let rest = Duration::from_nanos(u64::try_from(nanos.saturating_sub(spent)).unwrap_or(0));
             let come = i128::try_from(come).unwrap_or(i128::MAX);
             self.level = self.level.saturating_add(come).min(self.per_second.into());
-            self.at = now;
+            self.at = now.checked_sub(rest).unwrap_or(now);
         }
     }
 
@@ -215,6 +219,8 @@ mod tests {
         let cases = [
             (Some(1_000_000), None, 1000, 4000, 4990, 5001),
             (None, Some(100), 1_000_000, 4000, 499, 501),
+            // What comes back in a millisecond is no whole operation.
+            (None, Some(700), 0, 4000, 3490, 3501),
             (Some(1_000_000), Some(100), 1000, 4000, 499, 501),
             (Some(1_000_000), Some(1_000_000), 10_000, 4000, 499, 501),
             // One operation is ten seconds' worth.

@@ -4,6 +4,25 @@ use arch::mem::SharedMem;
 
 use super::queue::{Chain, QueueBroken, VirtQueue};
 
+/// Whose turn it is among queues that share an allowance: the one after the last that got some of it goes first.
+#[derive(Debug, Default)]
+pub struct Turns {
+    first: usize,
+}
+
+impl Turns {
+    /// All of `count` queues, in the order of their turns.
+    pub fn order(&self, count: usize) -> impl Iterator<Item = usize> + use<> {
+        let first = self.first.min(count);
+        (first..count).chain(0..first)
+    }
+
+    /// Queue `index` got something.
+    pub fn took(&mut self, index: usize) {
+        self.first = index.saturating_add(1);
+    }
+}
+
 /// Handles up to `limit` chains and returns each with the bytes that `handle` says it wrote. True if chains may
 /// be left: the caller has to come back without a kick.
 ///

@@ -54,7 +54,7 @@ fn a_dropped_engine_leaves_nothing_in_flight() {
                 rig.engine.submit(&rig.mem, tag, read).unwrap();
             }
             if round % 4 != 0 {
-                rig.engine.run(&mut vec![]).unwrap();
+                rig.engine.run(&mut vec![], &mut { COPIES }).unwrap();
             }
             rig.engine = rig.disk.inline_engine(1);
             assert!(rig.visible.drain(all, Duration::ZERO), "{name}");
@@ -85,7 +85,7 @@ fn an_engine_comes_to_rest_without_anybody_waiting_for_it() {
             rig.engine.submit(&rig.mem, 1, read).unwrap();
             rig.engine.submit(&rig.mem, 2, Action::Flush).unwrap();
             if begun {
-                rig.engine.run(&mut vec![]).unwrap();
+                rig.engine.run(&mut vec![], &mut { COPIES }).unwrap();
             }
             loop {
                 rig.disk.acknowledge();
@@ -119,7 +119,7 @@ fn what_no_thread_has_begun_is_taken_back() {
         segments: &segments,
     };
     rig.engine.submit(&rig.mem, 1, read).unwrap();
-    rig.engine.run(&mut vec![]).unwrap();
+    rig.engine.run(&mut vec![], &mut { COPIES }).unwrap();
     assert!(rig.engine.quiesce(Duration::ZERO));
     let page = PageRange::new(Gpa(0), 4096).unwrap();
     assert!(rig.visible.drain(page, Duration::ZERO));

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use arch::addr::Gpa;
-use arch::blockio::{Action, Disk, Done, Engine};
+use arch::blockio::{Action, COPIES, Disk, Done, Engine};
 use arch::mem::SharedMem;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -15,14 +15,15 @@ use crate::ratelimit::LogGate;
 use crate::virtio::device::Running;
 use crate::virtio::queue::{Chain, ChainIo, QueueBroken, VirtQueue};
 use crate::virtio::rate::Limit;
+use crate::virtio::serve::Turns;
 
-/// Data that one call begins to move at most, in bytes, so that one queue does not starve other devices.
+/// Data that one call begins to move at most, in bytes, so that one disk does not starve other devices.
 const BYTES_PER_CALL: u64 = 16 << 20;
 /// How long the end of a machine waits for the host's disk.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// A guest may begin a driver's life as often as it likes.
-static GATE: LogGate = LogGate::new(1);
+pub(super) static GATE: LogGate = LogGate::new(1);
 
 /// What all queues of a running disk share.
 #[derive(Debug)]
@@ -35,6 +36,32 @@ pub(super) struct Shared {
     pub(super) id: [u8; 20],
     /// Rates to keep, of all queues together.
     pub(super) limit: Limit,
+}
+
+/// What is left of what one call may do, over all queues of the disk.
+#[derive(Debug)]
+struct Allowance {
+    /// Requests to begin.
+    chains: u16,
+    /// Data of those, in bytes.
+    bytes: u64,
+    /// What engines may copy in this thread, in bytes.
+    copies: u64,
+}
+
+impl Allowance {
+    /// For one call: a queue's worth of requests.
+    fn of_call(chains: u16) -> Self {
+        Self {
+            chains,
+            bytes: BYTES_PER_CALL,
+            copies: COPIES,
+        }
+    }
+
+    fn is_used_up(&self) -> bool {
+        self.chains == 0 || self.bytes == 0
+    }
 }
 
 /// Where a turn over the ring ended.
@@ -53,6 +80,7 @@ enum Left {
 pub(super) struct RunningBlock {
     shared: Shared,
     lanes: Vec<Lane>,
+    turns: Turns,
     home: Home,
 }
 
@@ -101,24 +129,32 @@ impl Lane {
         }
     }
 
+    /// Descriptors of the queue.
+    fn size(&self) -> u16 {
+        self.queue.as_ref().map_or(0, VirtQueue::size)
+    }
+
     /// Begins what the driver offers and answers what is finished.
-    fn serve(&mut self, shared: &Shared) -> Result<(), QueueBroken> {
+    fn serve(&mut self, shared: &Shared, allowed: &mut Allowance) -> Result<(), QueueBroken> {
         let Some(mut queue) = self.queue.take() else {
             return Ok(());
         };
-        let result = self.turn(shared, &mut queue);
+        let result = self.turn(shared, &mut queue, allowed);
         self.queue = Some(queue);
         result
     }
 
-    fn turn(&mut self, shared: &Shared, queue: &mut VirtQueue) -> Result<(), QueueBroken> {
+    fn turn(
+        &mut self,
+        shared: &Shared,
+        queue: &mut VirtQueue,
+        allowed: &mut Allowance,
+    ) -> Result<(), QueueBroken> {
         let mem = &shared.mem;
-        let mut chains = queue.size();
-        let mut bytes = BYTES_PER_CALL;
         loop {
             queue.disable_kicks(mem)?;
-            self.left = self.begin_all(shared, queue, &mut chains, &mut bytes)?;
-            self.answer_all(shared, queue)?;
+            self.left = self.begin_all(shared, queue, allowed)?;
+            self.answer_all(shared, queue, allowed)?;
             match self.left {
                 Left::More => {
                     shared.disk.wake();
@@ -137,19 +173,18 @@ impl Lane {
         &mut self,
         shared: &Shared,
         queue: &mut VirtQueue,
-        chains: &mut u16,
-        bytes: &mut u64,
+        allowed: &mut Allowance,
     ) -> Result<Left, QueueBroken> {
-        while *chains != 0 && *bytes != 0 {
+        while !allowed.is_used_up() {
             if !shared.limit.admits() {
                 return Ok(Left::Waits);
             }
             let Some(chain) = queue.pop(&shared.mem)? else {
                 return Ok(Left::Nothing);
             };
-            *chains = chains.saturating_sub(1);
+            allowed.chains = allowed.chains.saturating_sub(1);
             let moves = chain.readable_bytes().saturating_add(chain.writable_bytes());
-            *bytes = bytes.saturating_sub(moves);
+            allowed.bytes = allowed.bytes.saturating_sub(moves);
             shared.limit.take(moves);
             self.begin(shared, queue.index(), &chain)?;
         }
@@ -231,8 +266,13 @@ impl Lane {
     }
 
     /// Lets the engine work and answers what is finished.
-    fn answer_all(&mut self, shared: &Shared, queue: &mut VirtQueue) -> Result<(), QueueBroken> {
-        match self.engine.run(&mut self.done) {
+    fn answer_all(
+        &mut self,
+        shared: &Shared,
+        queue: &mut VirtQueue,
+        allowed: &mut Allowance,
+    ) -> Result<(), QueueBroken> {
+        match self.engine.run(&mut self.done, &mut allowed.copies) {
             Ok(true) => {
                 self.left = Left::More;
                 shared.disk.wake();
@@ -274,14 +314,14 @@ impl Lane {
     }
 
     /// Answers what is finished, and takes up what an earlier call left.
-    fn on_backend(&mut self, shared: &Shared) -> Result<(), QueueBroken> {
+    fn on_backend(&mut self, shared: &Shared, allowed: &mut Allowance) -> Result<(), QueueBroken> {
         if self.left != Left::Nothing {
-            return self.serve(shared);
+            return self.serve(shared, allowed);
         }
         let Some(mut queue) = self.queue.take() else {
             return Ok(());
         };
-        let result = self.answer_all(shared, &mut queue);
+        let result = self.answer_all(shared, &mut queue, allowed);
         let result = result.and_then(|()| queue.notify(&shared.mem));
         self.queue = Some(queue);
         result
@@ -333,14 +373,19 @@ fn collect(mut from: ChainIo<'_>, mut bytes: u64, into: &mut Vec<(Gpa, u32)>) {
 
 impl RunningBlock {
     pub(super) fn new(shared: Shared, lanes: Vec<Lane>, home: Home) -> Self {
-        Self { shared, lanes, home }
+        Self {
+            shared,
+            lanes,
+            turns: Turns::default(),
+            home,
+        }
     }
 }
 
 impl Running for RunningBlock {
     fn on_kick(&mut self, queue: usize) -> Result<(), QueueBroken> {
         match self.lanes.get_mut(queue) {
-            Some(lane) => lane.serve(&self.shared),
+            Some(lane) => lane.serve(&self.shared, &mut Allowance::of_call(lane.size())),
             None => Ok(()),
         }
     }
@@ -348,8 +393,15 @@ impl Running for RunningBlock {
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         self.shared.disk.acknowledge();
         self.shared.limit.acknowledge();
-        for lane in &mut self.lanes {
-            lane.on_backend(&self.shared)?;
+        let mut allowed = Allowance::of_call(self.lanes.iter().map(Lane::size).max().unwrap_or(0));
+        for index in self.turns.order(self.lanes.len()) {
+            let (chains, copies) = (allowed.chains, allowed.copies);
+            if let Some(lane) = self.lanes.get_mut(index) {
+                lane.on_backend(&self.shared, &mut allowed)?;
+            }
+            if (allowed.chains, allowed.copies) != (chains, copies) {
+                self.turns.took(index);
+            }
         }
         Ok(())
     }

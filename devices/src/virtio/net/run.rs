@@ -9,7 +9,7 @@ use arch::poll::{Interest, Poll};
 use super::super::device::{Activation, Running};
 use super::super::queue::{Chain, QueueBroken, VirtQueue};
 use super::super::rate::Limit;
-use super::super::serve::serve;
+use super::super::serve::{Turns, serve};
 use super::header::{MAX_BYTES, net_feature};
 use super::link::Link;
 use super::rx::{Rx, RxEnd};
@@ -38,22 +38,25 @@ struct Pair {
 }
 
 impl Pair {
-    fn receive(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<(), QueueBroken> {
+    /// True if a frame was moved, as for [`transmit`](Self::transmit).
+    fn receive(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<bool, QueueBroken> {
+        let mut frames = 0;
         if let Some(rx) = &mut self.rx
             && self.active
             && !self.hung_up
         {
-            self.received = rx.run(mem, &mut *self.link, spill)?;
+            (self.received, frames) = rx.run(mem, &mut *self.link, spill)?;
             self.hung_up = self.received == RxEnd::HungUp;
         }
-        Ok(())
+        Ok(frames != 0)
     }
 
-    fn transmit(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<(), QueueBroken> {
+    fn transmit(&mut self, mem: &SharedMem, spill: &mut [u8]) -> Result<bool, QueueBroken> {
+        let mut frames = 0;
         if let Some(tx) = &mut self.tx {
-            self.sent = tx.run(mem, &mut *self.link, spill)?;
+            (self.sent, frames) = tx.run(mem, &mut *self.link, spill)?;
         }
-        Ok(())
+        Ok(frames != 0)
     }
 
     /// Makes the epoll descriptor watch what can be acted on, and nothing else: it is level-triggered.
@@ -63,7 +66,8 @@ impl Pair {
         let takes = self.rx.is_some() && !matches!(self.received, RxEnd::Starved | RxEnd::Limited);
         let wanted = Interest {
             read: live && takes,
-            write: live && (self.sent == TxEnd::More || held.outgoing || held.incoming && takes),
+            // What is sent to a dead link, or to one that is not used, is swallowed, and more of it has to be.
+            write: self.sent == TxEnd::More || live && (held.outgoing || held.incoming && takes),
             hang_up: false,
         };
         if let Err(e) = poll.watch(self.link.fd(), index, &mut self.watched, wanted) {
@@ -83,6 +87,8 @@ pub(super) struct NetRunning {
     features: u64,
     spill: Box<[u8]>,
     limits: Limits,
+    receive_turns: Turns,
+    transmit_turns: Turns,
 }
 
 /// What is kept to, each over all pairs together.
@@ -143,6 +149,8 @@ impl NetRunning {
             features,
             spill: vec![0; MAX_BYTES].into(),
             limits,
+            receive_turns: Turns::default(),
+            transmit_turns: Turns::default(),
         };
         running.set_pairs(1)?;
         Ok(running)
@@ -152,6 +160,8 @@ impl NetRunning {
     fn set_pairs(&mut self, count: usize) -> io::Result<()> {
         for (index, pair) in self.pairs.iter_mut().enumerate() {
             pair.active = index < count;
+            // Buffers may have come, or a wait have ended, while nobody looked.
+            pair.received = RxEnd::More;
             // Before it is detached: a detached tap is always ready.
             pair.watch(&self.poll, index as u64);
             pair.link.attach(pair.active.then_some(self.features))?;
@@ -189,6 +199,29 @@ impl NetRunning {
             answered.map(|()| 1).map_err(|_| chain.bad_shape(index))
         })
         .map(drop)
+    }
+
+    /// Serves all pairs, which share the rates, in the order of their turns.
+    fn serve_all(&mut self) -> Result<(), QueueBroken> {
+        let count = self.pairs.len();
+        for index in self.receive_turns.order(count) {
+            if let Some(pair) = self.pairs.get_mut(index)
+                && pair.receive(&self.mem, &mut self.spill)?
+            {
+                self.receive_turns.took(index);
+            }
+        }
+        for index in self.transmit_turns.order(count) {
+            if let Some(pair) = self.pairs.get_mut(index).filter(|pair| pair.sent != TxEnd::Empty)
+                && pair.transmit(&self.mem, &mut self.spill)?
+            {
+                self.transmit_turns.took(index);
+            }
+        }
+        for (pair, index) in self.pairs.iter_mut().zip(0..) {
+            pair.watch(&self.poll, index);
+        }
+        Ok(())
     }
 
     fn serve_pair(&mut self, index: usize) -> Result<(), QueueBroken> {
@@ -232,9 +265,9 @@ impl Running for NetRunning {
             return self.serve_pair(0);
         }
         let ready = self.poll.ready();
-        self.limits.acknowledge();
         if ready.iter().any(|(token, _)| token == LIMIT) {
-            return (0..self.pairs.len()).try_for_each(|index| self.serve_pair(index));
+            self.limits.acknowledge();
+            return self.serve_all();
         }
         for (index, _) in ready.iter() {
             self.serve_pair(usize::try_from(index).unwrap_or(usize::MAX))?;
@@ -248,6 +281,7 @@ impl Drop for NetRunning {
         let mut shelf = self.shelf.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, mut pair) in self.pairs.drain(..).enumerate() {
             pair.active = false;
+            pair.sent = TxEnd::Empty;
             pair.watch(&self.poll, index as u64);
             // As it was opened: the next owner of a duplicate cannot tell a detached queue from no tap.
             if let Err(e) = pair.link.attach(Some(0)) {

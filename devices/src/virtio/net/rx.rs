@@ -20,7 +20,7 @@ const SINGLES: u8 = 8;
 const DIRECT_MIN: usize = 2048;
 
 /// A link that is dead fails anew for each driver.
-static GATE: LogGate = LogGate::new(1);
+pub(super) static GATE: LogGate = LogGate::new(1);
 
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,14 +69,14 @@ impl Rx {
         }
     }
 
-    /// Moves frames until the link or the guest has no more, or the budget is used up. `spill` holds
+    /// Moves frames until the link or the guest has no more, or the budget is used up; says how many. `spill` holds
     /// [`MAX_BYTES`].
     pub(super) fn run(
         &mut self,
         mem: &SharedMem,
         link: &mut dyn Link,
         spill: &mut [u8],
-    ) -> Result<RxEnd, QueueBroken> {
+    ) -> Result<(RxEnd, usize), QueueBroken> {
         self.queue.disable_kicks(mem)?;
         let (end, frames) = self.batch(mem, link, spill)?;
         self.singles = match (frames, self.singles) {
@@ -85,7 +85,7 @@ impl Rx {
             _ => 0,
         };
         self.queue.notify(mem)?;
-        Ok(end)
+        Ok((end, frames))
     }
 
     fn batch(
@@ -101,8 +101,8 @@ impl Rx {
             if !self.limit.admits() {
                 return Ok((RxEnd::Limited, frames));
             }
-            if !self.stage(mem)? {
-                return Ok((RxEnd::Starved, frames));
+            if let Some(end) = self.stage(mem)? {
+                return Ok((end, frames));
             }
             match self.receive(mem, link, spill)? {
                 Ok((bytes, direct)) => {
@@ -117,8 +117,9 @@ impl Rx {
         Ok((RxEnd::More, frames))
     }
 
-    /// Pops buffers until any frame fits; false, with kicks enabled, if there are too few.
-    fn stage(&mut self, mem: &SharedMem) -> Result<bool, QueueBroken> {
+    /// Pops buffers until any frame fits. If there are too few, why the batch ends: kicks are enabled, or buffers keep
+    /// coming while they are being enabled, so that one has to look again later.
+    fn stage(&mut self, mem: &SharedMem) -> Result<Option<RxEnd>, QueueBroken> {
         let mut kicks = false;
         loop {
             while !self.enough() {
@@ -132,11 +133,14 @@ impl Rx {
                 self.staged.push_back(chain);
             }
             if self.usable() {
-                return Ok(true);
+                return Ok(None);
+            }
+            if !self.queue.enable_kicks(mem)? {
+                return Ok(Some(RxEnd::Starved));
             }
             // Once more after an interleaved kick, never in a loop that the guest could keep alive.
-            if !self.queue.enable_kicks(mem)? || kicks {
-                return Ok(false);
+            if kicks {
+                return Ok(Some(RxEnd::More));
             }
             kicks = true;
         }

@@ -5,6 +5,7 @@ mod frames;
 mod host;
 mod lifecycle;
 mod limits;
+mod several;
 
 use std::io::{Read, Write};
 use std::time::Duration;

@@ -41,17 +41,17 @@ impl Tx {
         }
     }
 
-    /// Sends what the guest offers.
+    /// Sends what the guest offers; says how many frames went.
     pub(super) fn run(
         &mut self,
         mem: &SharedMem,
         link: &mut dyn Link,
         spill: &mut [u8],
-    ) -> Result<TxEnd, QueueBroken> {
+    ) -> Result<(TxEnd, usize), QueueBroken> {
         self.queue.disable_kicks(mem)?;
-        let end = self.batch(mem, link, spill)?;
+        let batch = self.batch(mem, link, spill)?;
         self.queue.notify(mem)?;
-        Ok(end)
+        Ok(batch)
     }
 
     fn batch(
@@ -59,15 +59,16 @@ impl Tx {
         mem: &SharedMem,
         link: &mut dyn Link,
         spill: &mut [u8],
-    ) -> Result<TxEnd, QueueBroken> {
+    ) -> Result<(TxEnd, usize), QueueBroken> {
+        let mut frames = 0_usize;
         for _ in 0..BUDGET {
             if !self.limit.admits() {
-                return Ok(TxEnd::Limited);
+                return Ok((TxEnd::Limited, frames));
             }
             let chain = match self.queue.pop(mem)? {
                 Some(chain) => chain,
                 None if self.queue.enable_kicks(mem)? => continue,
-                None => return Ok(TxEnd::Empty),
+                None => return Ok((TxEnd::Empty, frames)),
             };
             if chain.readable_bytes() < HEADER_BYTES as u64 {
                 return Err(chain.bad_shape(self.queue.index()));
@@ -75,15 +76,18 @@ impl Tx {
             match send(&chain, self.features, mem, link, spill) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.queue.unpop();
-                    return Ok(TxEnd::More);
+                    return Ok((TxEnd::More, frames));
                 }
                 // A frame that the host does not take is lost, as on a wire.
                 Err(e) => log::debug!("outgoing frame dropped: {e}"),
-                Ok(()) => self.limit.take(chain.readable_bytes()),
+                Ok(()) => {
+                    self.limit.take(chain.readable_bytes());
+                    frames = frames.saturating_add(1);
+                }
             }
             self.queue.push(mem, chain.head(), 0)?;
         }
-        Ok(TxEnd::More)
+        Ok((TxEnd::More, frames))
     }
 }
 

@@ -57,13 +57,37 @@ pub(super) struct FaultLog {
 
 impl FaultLog {
     pub(super) fn report(&mut self, device: &str, cause: Cause, observer: &dyn Observer) {
-        self.count = self.count.saturating_add(1);
-        if self.last.is_some_and(|last| last.elapsed() < QUIET) {
+        if !self.admit(Instant::now()) {
             return;
         }
-        self.last = Some(Instant::now());
         let count = self.count;
         log::warn!("device {device} stopped until its driver resets it (fault {count}): {cause}");
         observer.device_broken(&Fault { device, cause, count });
+    }
+
+    /// Counts a fault at `now`; true if it is to be told of.
+    fn admit(&mut self, now: Instant) -> bool {
+        self.count = self.count.saturating_add(1);
+        let quiet = self
+            .last
+            .is_some_and(|last| now.saturating_duration_since(last) < QUIET);
+        if !quiet {
+            self.last = Some(now);
+        }
+        !quiet
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_device_is_told_of_once_in_10_seconds() {
+        let (mut log, start) = (FaultLog::default(), Instant::now());
+        let moments = [0, 1, 9_999, 10_000, 10_001, 19_999, 20_000];
+        let told = moments.map(|ms| log.admit(start + Duration::from_millis(ms)));
+        assert_eq!(told, [true, false, false, true, false, false, true]);
+        assert_eq!(log.count, 7);
     }
 }

@@ -48,9 +48,9 @@ impl Engine for Held {
     fn submit(&mut self, mem: &SharedMem, tag: u64, action: Action<'_>) -> Result<(), Refused> {
         self.inner.submit(mem, tag, action)
     }
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
+    fn run(&mut self, done: &mut Vec<Done>, copies: &mut u64) -> io::Result<bool> {
         match self.open.load(Ordering::SeqCst) {
-            true => self.inner.run(done),
+            true => self.inner.run(done, copies),
             false => Ok(false),
         }
     }

@@ -18,8 +18,8 @@ impl Engine for Counted {
         self.1.store(self.0.in_flight(), Ordering::SeqCst);
         result
     }
-    fn run(&mut self, done: &mut Vec<Done>) -> io::Result<bool> {
-        let result = self.0.run(done);
+    fn run(&mut self, done: &mut Vec<Done>, copies: &mut u64) -> io::Result<bool> {
+        let result = self.0.run(done, copies);
         self.1.store(self.0.in_flight(), Ordering::SeqCst);
         result
     }

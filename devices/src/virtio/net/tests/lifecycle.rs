@@ -1,7 +1,9 @@
 //! Links that end, devices that are reset, drivers that leave a queue out.
 
+use super::super::super::mock::Late;
 use super::super::super::queue::QueueBroken;
 use super::*;
+use vm_memory::{Bytes, GuestAddress};
 
 #[test]
 fn a_peer_that_goes_or_lies_leaves_a_dead_link_that_swallows_frames() {
@@ -19,6 +21,26 @@ fn a_peer_that_goes_or_lies_leaves_a_dead_link_that_swallows_frames() {
         assert!(rig.tx.take_used().is_some());
         assert_eq!(rig.rx.take_used(), None);
     }
+}
+
+#[test]
+fn a_dead_link_swallows_more_frames_than_one_wake_up_takes() {
+    let mut rig = rig(0, 256);
+    rig.rx.send(&[], &[1526]);
+    drop(std::mem::replace(&mut rig.peer, UnixStream::pair().unwrap().0));
+    rig.settle();
+    for _ in 0..256 {
+        rig.tx.send(&[&[0; 13]], &[]);
+    }
+    rig.running.on_kick(1).unwrap();
+    rig.settle();
+    assert_eq!(std::iter::from_fn(|| rig.tx.take_used()).count(), 256);
+    let event: u16 = rig
+        .tx
+        .mem
+        .read_obj(GuestAddress(rig.tx.used_ring() + 4 + 256 * 8))
+        .unwrap();
+    assert_eq!(event, 256, "the driver is to kick for the next frame");
 }
 
 #[test]
@@ -73,4 +95,29 @@ impl Running for Nobody {
     fn on_backend(&mut self) -> Result<(), QueueBroken> {
         Ok(())
     }
+}
+
+#[test]
+fn buffers_that_arrive_while_the_device_asks_for_kicks_are_not_forgotten() {
+    let (near, mut peer) = UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let mut net = Net::new(vec![Box::new(Stream::new(near))], 0, None, mac()).unwrap();
+    let (mem, _) = memory();
+    let (mut rx, tx) = (
+        MockRing::new(&mem, 0x10_0000, 16),
+        MockRing::new(&mem, 0x80_0000, 16),
+    );
+    rx.send(&[], &[1526]);
+    rx.send(&[], &[70_000]);
+    rx.set_available(0);
+    let watched = mem.watched(Arc::new(Late::new(&rx, 2)));
+    let (with, _) = activation(&watched, &[&rx, &tx], MRG_RXBUF | GUEST_CSUM | GUEST_TSO4);
+    let mut running = net.activate(with).unwrap();
+    peer.write_all(&[0, 0, 0, 1, 7]).unwrap();
+    for _ in 0..10 {
+        if !net.poll.ready().is_empty() {
+            running.on_backend().unwrap();
+        }
+    }
+    assert!(rx.take_used().is_some());
 }

@@ -49,6 +49,11 @@ fn frames_beyond_a_rate_wait_and_none_is_lost() {
 }
 
 #[test]
+fn a_failed_link_is_told_of_once_per_second() {
+    assert_eq!(rx::GATE.lines_in_a_second(), 1);
+}
+
+#[test]
 fn one_wake_up_is_bounded_and_one_interrupt_tells_of_a_batch() {
     let mut rig = rig(0, 256);
     for _ in 0..200 {
