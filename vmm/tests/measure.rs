@@ -510,7 +510,7 @@ fn mistakes_are_named_with_a_remedy() {
         ),
         (
             vec!["--kernel", "kernel", "--table", "0"],
-            "cvmm: cpus: 0 is not between 1 and 256",
+            "'--table <N>': 0 is not in 1..=256",
         ),
         (
             vec!["--kernel", "kernel", "--platform", "tdx", "--table", "4"],
