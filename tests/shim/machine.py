@@ -16,14 +16,18 @@ from unicorn.x86_const import (
     UC_X86_INS_OUT,
     UC_X86_REG_CR0,
     UC_X86_REG_CR4,
+    UC_X86_REG_CS,
+    UC_X86_REG_IDTR,
     UC_X86_REG_RAX,
     UC_X86_REG_RBX,
     UC_X86_REG_RCX,
     UC_X86_REG_RDI,
     UC_X86_REG_RDX,
+    UC_X86_REG_RFLAGS,
     UC_X86_REG_RIP,
     UC_X86_REG_RSI,
     UC_X86_REG_RSP,
+    UC_X86_REG_SS,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -192,6 +196,22 @@ class Machine:
 
     def wrmsr(self, uc, rip, size, _):
         raise AssertionError(f"WRMSR at {rip:#x}")
+
+    def take_exception_at(self, address, vector):
+        """Raises exception `vector` before the instruction at `address`, as the processor or a host does."""
+        self.uc.hook_add(UC_HOOK_CODE, lambda *_: self.enter_handler(address, vector), None, address, address)
+
+    def enter_handler(self, rip, vector):
+        uc = self.uc
+        low, high = struct.unpack("<QQ", uc.mem_read(uc.reg_read(UC_X86_REG_IDTR)[1] + vector * 16, 16))
+        handler = low & 0xFFFF | low >> 32 & 0xFFFF0000 | high << 32
+        assert low >> 40 & 0xFF == 0x8E and low >> 16 & 0xFFFF == uc.reg_read(UC_X86_REG_CS)
+        old = uc.reg_read(UC_X86_REG_RSP)
+        stack = (old & ~15) - 40
+        cs, flags, ss = (uc.reg_read(name) for name in (UC_X86_REG_CS, UC_X86_REG_RFLAGS, UC_X86_REG_SS))
+        uc.mem_write(stack, struct.pack("<QQQQQ", rip, cs, flags, old, ss))
+        uc.reg_write(UC_X86_REG_RSP, stack)
+        uc.reg_write(UC_X86_REG_RIP, handler)
 
     def read(self, gpa, length):
         return bytes(self.uc.mem_read(gpa, length))

@@ -25,6 +25,8 @@ class Snp(Protected):
         self.sev_info, self.features = 0x0002_0001_3300_0001, 0x3081
         self.register_answer = None
         self.requests, self.ghcb_msr, self.registered = [], 0, None
+        # An address and a vector: the host injects that exception there. Where PVALIDATE and VMGEXIT were executed.
+        self.inject, self.places = None, set()
 
     def launch_all(self):
         super().launch_all()
@@ -33,6 +35,8 @@ class Snp(Protected):
 
     def ready(self):
         self.enter_long_mode()
+        if self.inject is not None:
+            self.take_exception_at(*self.inject)
 
     def cpuid_page(self):
         leaves = [(0, 0, 0xD, 0), (1, 0, 0x800F12, 0), (0x8000001F, 0, 0x1A, self.c_bit | 1 << 6)]
@@ -54,6 +58,7 @@ class Snp(Protected):
             self.vmgexit()
         else:
             return False
+        self.places.add(rip)
         self.uc.reg_write(UC_X86_REG_RIP, rip + 4)
         return True
 
@@ -89,7 +94,9 @@ class Snp(Protected):
             self.uc.emu_stop()
         elif kind == 0:
             assert value == self.registered, "an unregistered GHCB"
-            self.requests.append(bytes(self.uc.mem_read(value, PAGE)))
+            self.requests.append(self.read(value, PAGE))
+            staged = self.staged[:PAGE] + self.requests[-1] + self.staged[2 * PAGE :]
+            assert self.read(STAGING, len(staged)) == staged, "the host can read the request and nothing else"
             self.release_staging()
         else:
             raise AssertionError(f"unknown GHCB MSR value {value:#x}")

@@ -14,8 +14,6 @@ from unicorn.x86_const import (
     UC_X86_REG_CR0,
     UC_X86_REG_CR3,
     UC_X86_REG_CR4,
-    UC_X86_REG_CS,
-    UC_X86_REG_IDTR,
     UC_X86_REG_R8,
     UC_X86_REG_R9,
     UC_X86_REG_R10,
@@ -27,11 +25,9 @@ from unicorn.x86_const import (
     UC_X86_REG_RAX,
     UC_X86_REG_RCX,
     UC_X86_REG_RDX,
-    UC_X86_REG_RFLAGS,
     UC_X86_REG_RIP,
     UC_X86_REG_RSI,
     UC_X86_REG_RSP,
-    UC_X86_REG_SS,
 )
 
 RESET = (ROOT / "shim/v1-reset.bin").read_bytes()
@@ -115,7 +111,7 @@ class Td(Protected):
         uc.hook_add(UC_HOOK_CODE, self.reset, None, 0xFFFFFFF0, 0xFFFFFFF0)
         uc.hook_add(UC_HOOK_CODE, self.clear_paging, None, CLEARS_PAGING, CLEARS_PAGING)
         if self.trap_at is not None:
-            uc.hook_add(UC_HOOK_CODE, self.virtualization_exception, None, self.trap_at, self.trap_at)
+            self.take_exception_at(self.trap_at, 20)
 
     def reset(self, uc, rip, size, _):
         assert uc.reg_read(UC_X86_REG_CR0) == 0x31 and uc.reg_read(UC_X86_REG_CR4) == 0x40
@@ -125,19 +121,6 @@ class Td(Protected):
 
     def clear_paging(self, uc, rip, size, _):
         assert not uc.reg_read(UC_X86_REG_CR4) & (1 << 17 | 1 << 23), "a processor would refuse: PCIDE or CET"
-
-    def virtualization_exception(self, uc, rip, size, _):
-        base = uc.reg_read(UC_X86_REG_IDTR)[1]
-        low, high = struct.unpack("<QQ", uc.mem_read(base + 20 * 16, 16))
-        handler = low & 0xFFFF | low >> 32 & 0xFFFF0000 | high << 32
-        assert low >> 40 & 0xFF == 0x8E and low >> 16 & 0xFFFF == uc.reg_read(UC_X86_REG_CS)
-        old = uc.reg_read(UC_X86_REG_RSP)
-        stack = (old & ~15) - 40
-        names = (UC_X86_REG_CS, UC_X86_REG_RFLAGS, UC_X86_REG_SS)
-        cs, flags, ss = (uc.reg_read(name) for name in names)
-        uc.mem_write(stack, struct.pack("<QQQQQ", rip, cs, flags, old, ss))
-        uc.reg_write(UC_X86_REG_RSP, stack)
-        uc.reg_write(UC_X86_REG_RIP, handler)
 
     def cpuid_answer(self, leaf):
         assert leaf in (1, 7, 0x21), f"CPUID leaf {leaf:#x} may trap in a TD"
