@@ -69,10 +69,10 @@ def main():
     cvmm = cvmm or subprocess.run([ROOT / "scripts/build"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     seed = int(os.environ.get("SEED", time.time_ns() & 0xFFFF))
     chance = random.Random(seed)
-    subprocess.run(["ip", "tuntap", "add", TAP, "mode", "tap"], check=True)
     group = Cgroup()
     alive = 0
     try:
+        subprocess.run(["ip", "tuntap", "add", TAP, "mode", "tap"], check=True)
         with tempfile.TemporaryDirectory() as folder:
             kernel = Path(folder) / "kernel"
             # A program that loops: the machine runs until it is killed.
@@ -96,6 +96,7 @@ def main():
         subprocess.run(["ip", "tuntap", "del", TAP, "mode", "tap"], check=False)
     left = group.left()
     group.path.rmdir()
+    assert alive, f"no machine lived until it was killed (SEED={seed})"
     assert left < LEFT_MEMORY_BYTES, f"{left} bytes of memory are still charged"
     print(f"killed: {cycles} cycles, {alive} of them killed alive, nothing left; {left >> 10} KiB still charged (SEED={seed})")
 

@@ -136,6 +136,21 @@ class HardwareCheck(unittest.TestCase):
                     self.assertFalse(alive(pid), pid)
         self.assertEqual(list(self.out.iterdir()), [])
 
+    def test_a_kill_ends_guest_and_children_and_leaves_no_file(self):
+        pids = self.folder / "pids"
+        running = self.start("soft", *self.own()[1:], DOCTOR='{"checks": []}', SLEEP=pids)
+        while not (pids.exists() and pids.read_text().endswith("\n")):
+            self.assertIsNone(running.poll())
+            time.sleep(0.02)
+        running.kill()
+        running.communicate(timeout=30)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and (list(self.temporary.iterdir()) or any(map(alive, pids.read_text().split()))):
+            time.sleep(0.02)
+        for pid in pids.read_text().split():
+            self.assertFalse(alive(pid), pid)
+        self.assertEqual(list(self.out.iterdir()), [])
+
     def test_help_tells_every_exit_code(self):
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
         for word in ("snp|tdx|soft", "0 the guests ran", "1 a guest", "2 a bad", "20 the host", "40 a digest", "130 interrupted"):
