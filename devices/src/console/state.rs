@@ -26,6 +26,8 @@ const READ_BYTES: usize = 4 << 10;
 const LARGE_BYTES: usize = 512;
 /// Longest wait for the rest of a line; also the pause after which a byte leaves at once.
 const LINE_WAIT: Duration = Duration::from_millis(4);
+/// Wait after a client could not be accepted, as when descriptors have run out.
+const ACCEPT_WAIT: Duration = Duration::from_secs(1);
 /// Time that pending output gets when the console is dropped, in steps of `LAST_STEP_MS`.
 const LAST_STEPS: u32 = 10;
 const LAST_STEP_MS: u32 = 30;
@@ -47,6 +49,8 @@ pub(super) struct State {
     input: Tail,
     /// The reader is watched.
     reading: bool,
+    /// A client could not be accepted; the timer says when to try again.
+    accept_waits: bool,
     escape: Escape,
     /// Input goes to the virtio console.
     pub(super) port_attached: bool,
@@ -61,6 +65,21 @@ struct Output {
     blocked: bool,
     timer: OwnedFd,
     armed: bool,
+}
+
+impl Output {
+    /// False if the timer cannot be set.
+    fn set_timer(&mut self, wait: Duration) -> bool {
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(wait.subsec_nanos()),
+            },
+        };
+        self.armed = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok();
+        self.armed
+    }
 }
 
 impl State {
@@ -81,6 +100,7 @@ impl State {
             },
             input: Tail::new(INPUT_BYTES),
             reading: false,
+            accept_waits: false,
             escape: Escape::default(),
             port_attached: false,
         };
@@ -176,21 +196,7 @@ impl State {
         if self.output.armed || self.output.blocked || self.link.writer.is_none() {
             return;
         }
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let once = Itimerspec {
-            it_interval: zero,
-            it_value: Timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(LINE_WAIT.subsec_nanos()),
-            },
-        };
-        let flags = TimerfdTimerFlags::empty();
-        if timerfd_settime(&self.output.timer, flags, &once).is_ok() {
-            self.output.armed = true;
-        } else {
+        if !self.output.set_timer(LINE_WAIT) {
             self.flush();
         }
     }
@@ -211,11 +217,25 @@ impl State {
         let Some(listener) = &self.link.listener else {
             return;
         };
-        if let Ok((reader, writer)) = listener.accept() {
-            unwatch(&self.epoll, listener.fd());
-            self.link.reader = Some(reader);
-            self.link.writer = Some(writer);
-            self.resume_reading();
+        match listener.accept() {
+            Ok((reader, writer)) => {
+                self.accept_waits = false;
+                unwatch(&self.epoll, listener.fd());
+                self.link.reader = Some(reader);
+                self.link.writer = Some(writer);
+                self.resume_reading();
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                if std::mem::take(&mut self.accept_waits) {
+                    let _ = watch(&self.epoll, listener.fd(), EventFlags::IN);
+                }
+            }
+            // The client stays in line, and the socket readable.
+            Err(_) if self.output.set_timer(ACCEPT_WAIT) => {
+                unwatch(&self.epoll, listener.fd());
+                self.accept_waits = true;
+            }
+            Err(_) => {}
         }
     }
 
@@ -324,4 +344,65 @@ fn watch(epoll: &OwnedFd, fd: impl AsFd, flags: EventFlags) -> Result<(), Errno>
 
 fn unwatch(epoll: &OwnedFd, fd: impl AsFd) {
     let _ = epoll::delete(epoll, fd);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{ConsoleSpec, open};
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    const ALONE: &str = "CVMM_TEST_ALONE";
+
+    /// In a process of its own, because the limit of descriptors is one for all threads.
+    #[test]
+    fn a_client_that_cannot_be_accepted_does_not_keep_the_event_thread_awake() {
+        if std::env::var_os(ALONE).is_some() {
+            return without_descriptors();
+        }
+        let name = std::thread::current().name().unwrap().to_owned();
+        let test = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &name, "--nocapture"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&test.stdout);
+        assert!(test.status.success() && said.contains("1 passed"), "{test:?}");
+    }
+
+    fn without_descriptors() {
+        let path = std::env::temp_dir().join(format!("cvmm-accept-{}", std::process::id()));
+        let link = open::open(&ConsoleSpec::Socket(path.clone())).unwrap();
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
+        let mut state = State::new(link, Arc::clone(&epoll)).unwrap();
+        let _client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let limit = |current| {
+            let files = rustix::process::Resource::Nofile;
+            let mut limit = rustix::process::getrlimit(files);
+            let before = std::mem::replace(&mut limit.current, Some(current));
+            rustix::process::setrlimit(files, limit).unwrap();
+            before.unwrap()
+        };
+        let before = limit(3);
+        let mut serve = |milliseconds| {
+            let (began, mut calls) = (Instant::now(), 0);
+            while began.elapsed() < Duration::from_millis(milliseconds) {
+                let mut fds = [PollFd::new(&epoll, PollFlags::IN)];
+                let wait = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 100_000_000,
+                };
+                if poll(&mut fds, Some(&wait)).is_ok_and(|count| count == 1) {
+                    calls += 1;
+                    state.service();
+                }
+            }
+            (calls, state.link.writer.is_some())
+        };
+        let (calls, accepted) = serve(2500);
+        assert!(!accepted && (2..=4).contains(&calls), "{calls} calls");
+        limit(before);
+        let (calls, accepted) = serve(1500);
+        assert!(accepted && calls <= 4, "{calls} calls");
+    }
 }
