@@ -38,7 +38,12 @@ fn collateral_of_another_time_or_host_is_refused() {
     let cases: [(&[u8], &Collateral, u64, &str); 5] = [
         (V4, &v4, 1_735_689_600, "TCBInfo issue date is in the future"),
         (V4, &v4, 1_760_000_000, "TCBInfo expired"),
-        (V4, &v4, 1_780_000_000, "a revocation list of the collateral has expired"),
+        (
+            V4,
+            &v4,
+            1_780_000_000,
+            "a revocation list of the collateral has expired",
+        ),
         (V4, &v5, V5_TIME, "Signature is invalid for qe_report in quote"),
         (
             include_bytes!("recorded/quote/outdated-v4.quote"),

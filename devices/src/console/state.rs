@@ -379,7 +379,7 @@ mod tests {
         let limit = |current| {
             let files = rustix::process::Resource::Nofile;
             let mut limit = rustix::process::getrlimit(files);
-            let before = std::mem::replace(&mut limit.current, Some(current));
+            let before = limit.current.replace(current);
             rustix::process::setrlimit(files, limit).unwrap();
             before.unwrap()
         };
