@@ -18,7 +18,10 @@ except ImportError:
 sys.dont_write_bytecode = True
 loader = unittest.TestLoader()
 loader.testNamePatterns = [f"*{name}*" for name in sys.argv[1:]] or None
-tests = loader.discover(pathlib.Path(__file__).resolve().parent, "test_[!s]*.py")
+folder = pathlib.Path(__file__).resolve().parent
+tests = loader.discover(folder, "test_[!s]*.py")
+if left_out := [path.name for path in folder.glob("test_s*.py") if path.name != "test_shim.py"]:
+    sys.exit(f"the pattern leaves out {left_out}: give them other names")
 if not tests.countTestCases():
     sys.exit(f"no test matches {sys.argv[1:]}")
 result = unittest.TextTestRunner(verbosity=2).run(tests)
