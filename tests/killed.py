@@ -8,6 +8,7 @@ the next. At the end nothing of them may be left: processes, tap state, locks, m
 import fcntl
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -48,6 +49,15 @@ class Cgroup:
     def processes(self):
         return (self.path / "cgroup.procs").read_text().split()
 
+    def close(self):
+        """Ends what is still in it, and removes it."""
+        for pid in self.processes():
+            os.kill(int(pid), signal.SIGKILL)
+        until = time.monotonic() + 5
+        while self.processes() and time.monotonic() < until:
+            time.sleep(0.01)
+        self.path.rmdir()
+
     def left(self):
         """Bytes still charged, without cached file pages."""
         force = self.path / "memory.force_empty"
@@ -69,6 +79,8 @@ def main():
     cvmm = cvmm or subprocess.run([ROOT / "scripts/build"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     seed = int(os.environ.get("SEED", time.time_ns() & 0xFFFF))
     chance = random.Random(seed)
+    # So that a SIGTERM cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     group = Cgroup()
     alive = 0
     try:
@@ -92,10 +104,10 @@ def main():
                         messages.seek(0)
                         raise SystemExit(f"killed: cycle {cycle} (SEED={seed}) could not start: {messages.read()[-300:]}")
             check(group, folder)
+        left = group.left()
     finally:
+        group.close()
         subprocess.run(["ip", "tuntap", "del", TAP, "mode", "tap"], check=False)
-    left = group.left()
-    group.path.rmdir()
     assert alive, f"no machine lived until it was killed (SEED={seed})"
     assert left < LEFT_MEMORY_BYTES, f"{left} bytes of memory are still charged"
     print(f"killed: {cycles} cycles, {alive} of them killed alive, nothing left; {left >> 10} KiB still charged (SEED={seed})")
