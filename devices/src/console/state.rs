@@ -1,11 +1,11 @@
 //! The console behind its lock: buffers, and which descriptors are watched.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
@@ -14,6 +14,7 @@ use rustix::time::{
 use super::buffer::Tail;
 use super::escape::Escape;
 use super::open::Link;
+use super::stream::{unwatch, watch};
 use crate::ratelimit::LogGate;
 
 /// Output kept while nobody takes it.
@@ -152,14 +153,14 @@ impl State {
 
     /// Writes what the other side takes. What it does not take now waits for the writer to be ready.
     pub(super) fn flush(&mut self) {
-        while let Some(writer) = &self.link.writer
+        while let Some(writer) = &mut self.link.writer
             && !self.output.blocked
             && self.output.tail.len() != 0
         {
             match writer.write(&self.output.tail.slices()) {
                 Ok(count) => self.output.tail.consume(count),
                 Err(Errno::AGAIN) => {
-                    self.output.blocked = watch(&self.epoll, writer.watched(), EventFlags::OUT).is_ok();
+                    self.output.blocked = writer.watch(&self.epoll, EventFlags::OUT).is_ok();
                     return;
                 }
                 // The disk is full, perhaps not for long.
@@ -206,7 +207,7 @@ impl State {
         if std::mem::take(&mut self.output.blocked)
             && let Some(writer) = &self.link.writer
         {
-            unwatch(&self.epoll, writer.watched());
+            writer.unwatch(&self.epoll);
         }
     }
 
@@ -240,8 +241,8 @@ impl State {
     }
 
     fn resume_reading(&mut self) {
-        if let Some(reader) = &self.link.reader {
-            self.reading = watch(&self.epoll, reader.watched(), EventFlags::IN).is_ok();
+        if let Some(reader) = &mut self.link.reader {
+            self.reading = reader.watch(&self.epoll, EventFlags::IN).is_ok();
         }
     }
 
@@ -249,7 +250,7 @@ impl State {
         if std::mem::take(&mut self.reading)
             && let Some(reader) = &self.link.reader
         {
-            unwatch(&self.epoll, reader.watched());
+            reader.unwatch(&self.epoll);
         }
     }
 
@@ -338,19 +339,11 @@ impl Drop for State {
     }
 }
 
-fn watch(epoll: &OwnedFd, fd: impl AsFd, flags: EventFlags) -> Result<(), Errno> {
-    epoll::add(epoll, fd, EventData::new_u64(0), flags)
-}
-
-fn unwatch(epoll: &OwnedFd, fd: impl AsFd) {
-    let _ = epoll::delete(epoll, fd);
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::{ConsoleSpec, open};
     use super::*;
-    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::event::{PollFd, PollFlags, epoll, poll};
 
     const ALONE: &str = "CVMM_TEST_ALONE";
 

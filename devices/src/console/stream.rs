@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec, read, writev};
 
@@ -16,7 +17,7 @@ pub(super) struct Stream {
     fd: OwnedFd,
     /// The descriptor may wait, so it is asked first.
     ask: bool,
-    /// Stands in where epoll refuses the descriptor, as it does files, which are always ready.
+    /// Is watched where epoll refuses the descriptor, as it does files, which are always ready.
     always: Option<Wake>,
 }
 
@@ -47,13 +48,37 @@ impl Stream {
             Some(own) => own,
             None => fcntl_dupfd_cloexec(fd, 3)?,
         };
-        let always = always_ready(&fd)?;
-        Ok(Self { fd, ask, always })
+        Ok(Self {
+            fd,
+            ask,
+            always: None,
+        })
     }
 
-    /// What to watch for readiness.
-    pub(super) fn watched(&self) -> BorrowedFd<'_> {
-        self.always.as_ref().map_or(self.fd.as_fd(), AsFd::as_fd)
+    /// Has `epoll` tell when the descriptor is ready.
+    ///
+    /// # Errors
+    /// The process has no descriptors left, or the kernel no memory.
+    pub(super) fn watch(&mut self, epoll: &OwnedFd, flags: EventFlags) -> io::Result<()> {
+        if let Some(always) = &self.always {
+            return Ok(watch(epoll, always, flags)?);
+        }
+        match watch(epoll, &self.fd, flags) {
+            Err(Errno::PERM) => {
+                let always = self.always.insert(Wake::new()?);
+                always.signal();
+                Ok(watch(epoll, always, flags)?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Takes [`Self::watch`] back.
+    pub(super) fn unwatch(&self, epoll: &OwnedFd) {
+        match &self.always {
+            Some(always) => unwatch(epoll, always),
+            None => unwatch(epoll, &self.fd),
+        }
     }
 
     /// Reads at most `limit` bytes; nothing at the end of the stream.
@@ -95,14 +120,10 @@ impl Stream {
     }
 }
 
-/// A substitute to watch if epoll refuses `fd`.
-fn always_ready(fd: &OwnedFd) -> io::Result<Option<Wake>> {
-    let probe = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let data = epoll::EventData::new_u64(0);
-    if epoll::add(&probe, fd, data, epoll::EventFlags::empty()) != Err(Errno::PERM) {
-        return Ok(None);
-    }
-    let wake = Wake::new()?;
-    wake.signal();
-    Ok(Some(wake))
+pub(super) fn watch(epoll: &OwnedFd, fd: impl AsFd, flags: EventFlags) -> Result<(), Errno> {
+    epoll::add(epoll, fd, EventData::new_u64(0), flags)
+}
+
+pub(super) fn unwatch(epoll: &OwnedFd, fd: impl AsFd) {
+    let _ = epoll::delete(epoll, fd);
 }
