@@ -15,6 +15,7 @@ use std::path::Path;
 
 use ::devices::virtio::vsock::Vsock;
 use arch::kvm::system::Host;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::ending::{Ending, RunError};
 use crate::events::{Event, Events};
@@ -29,6 +30,7 @@ use run::World;
 /// # Errors
 /// The host or the platform cannot go on; nothing of the machine is left then.
 pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<Ending, RunError> {
+    raise_descriptor_limit();
     let parts = spec.into_parts();
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
     let payload = Payload::of(&parts.payload)
@@ -54,6 +56,16 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
         if let Some(ending) = last(ending, parts.reboots, signals.asked()) {
             return Ok(ending);
         }
+    }
+}
+
+/// Takes all the descriptors that the host allows. The usual soft limit is 1,024, for programs that use select(2), and a
+/// guest's vsock connections alone may be as many; what its disks and interrupts need later would not be had.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log::warn!("the limit of open files stays as it is: {e}");
     }
 }
 
@@ -93,5 +105,13 @@ mod tests {
         for (ending, reboots, asked, expected) in cases {
             assert_eq!(last(ending, reboots, asked), expected);
         }
+    }
+    #[test]
+    fn a_machine_has_all_the_descriptors_that_the_host_allows() {
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum.map(|most| most - 1);
+        setrlimit(Resource::Nofile, limit).unwrap();
+        raise_descriptor_limit();
+        assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);
     }
 }
