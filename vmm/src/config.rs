@@ -28,7 +28,7 @@ pub use tdx::{Attributes, QuoteService, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
 
 use crate::spec::file::describe;
-use object::object;
+use object::{object, objects, optional};
 
 /// Everything about one machine. An absent field means its default, which [`Config::with_defaults`] fills in.
 #[derive(Args, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
@@ -131,7 +131,7 @@ pub struct Devices {
         long = "disk",
         value_name = "PATH[,ro][,queues=N][,bandwidth=SIZE][,operations=N]"
     )]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "objects")]
     pub disks: Vec<Disk>,
     /// Network card on an existing tap, an inherited tap descriptor, or passt's socket; repeat for more. Rates as for
     /// disks: rx-bandwidth, rx-operations (what the guest receives), tx-bandwidth, tx-operations
@@ -139,11 +139,11 @@ pub struct Devices {
         long = "net",
         value_name = "tap=NAME|fd=N|passt=PATH[,mac=MAC][,queues=N][,RATE=N]..."
     )]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "objects")]
     pub nets: Vec<Net>,
     /// Sockets between host and guest: `uds` is the Unix socket on which the host says `CONNECT PORT`
     #[arg(long, value_name = "cid=N,uds=PATH")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional")]
     pub vsock: Option<Vsock>,
     /// Give the guest the host's random numbers
     #[arg(long)]

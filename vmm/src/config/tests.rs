@@ -144,6 +144,18 @@ fn unknown_and_malformed_json_is_refused() {
         (r#"{"notify": []}"#, "expected an object in braces"),
         (r#"{"confine": []}"#, "expected an object in braces"),
         (
+            r#"{"devices": {"disks": [["a"]]}}"#,
+            "expected an object in braces",
+        ),
+        (
+            r#"{"devices": {"nets": [["t"]]}}"#,
+            "expected an object in braces",
+        ),
+        (
+            r#"{"devices": {"vsock": [3, "u"]}}"#,
+            "expected an object in braces",
+        ),
+        (
             r#"{"devices": {"disks": [{"path": "a", "limit": [5]}]}}"#,
             "expected an object in braces",
         ),
