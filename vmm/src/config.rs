@@ -12,7 +12,7 @@ mod text;
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -27,7 +27,7 @@ pub use snp::{Policy, Snp};
 pub use tdx::{Attributes, QuoteService, Tdx};
 pub use text::{BadValue, Console, Disk, EventSink, Size, Vsock};
 
-use crate::spec::file::describe;
+use crate::spec::file::{describe, open_at_once};
 use object::{object, objects, optional};
 
 /// Everything about one machine. An absent field means its default, which [`Config::with_defaults`] fills in.
@@ -253,9 +253,7 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Opens what a configuration is read from: a file, or what the caller left open for it, as a shell does for `<(…)` and
 /// for /dev/stdin. Anything else comes back with what it is: a FIFO by name could wait for its writer for ever.
 fn open(path: &Path) -> io::Result<(File, Option<&'static str>)> {
-    let mut how = File::options();
-    how.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = how.open(path)?;
+    let file = open_at_once(path)?;
     let metadata = file.metadata()?;
     let pipe = rustix::fs::fstatfs(&file)?.f_type == PIPEFS_MAGIC;
     let stdin = rustix::fs::fstat(io::stdin())

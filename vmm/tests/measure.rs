@@ -13,6 +13,7 @@
 
 #[path = "../../snp/tests/images/mod.rs"]
 mod images;
+mod kernel;
 #[path = "../../tdx/tests/images/mod.rs"]
 mod td_images;
 
@@ -31,20 +32,9 @@ impl Inputs {
     fn new(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("cvmm-measure-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        let mut kernel = vec![0; 6 * 512];
-        let fields: [(usize, &[u8]); 8] = [
-            (0x1f1, &[4]),
-            (0x1fe, &[0x55, 0xaa]),
-            (0x202, b"HdrS"),
-            (0x206, &[0x0f, 0x02]),
-            (0x211, &[1]),
-            (0x236, &[0x7f, 0]),
-            (0x238, &[0xff, 7, 0, 0]),
-            (0x260, &[0, 0, 0x80, 2]),
-        ];
-        for (at, bytes) in fields {
-            kernel[at..at + bytes.len()].copy_from_slice(bytes);
-        }
+        let mut kernel = kernel::stand_in();
+        kernel[0x236] = 0x7f;
+        kernel[0x260..0x264].copy_from_slice(&[0, 0, 0x80, 2]);
         fs::write(dir.join("kernel"), kernel).unwrap();
         let initrd: Vec<u8> = (0..5000u32).map(|i| ((i * i) >> 3) as u8).collect();
         fs::write(dir.join("initrd"), initrd).unwrap();

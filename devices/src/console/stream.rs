@@ -48,11 +48,7 @@ impl Stream {
             Some(own) => own,
             None => fcntl_dupfd_cloexec(fd, 3)?,
         };
-        Ok(Self {
-            fd,
-            ask,
-            always: None,
-        })
+        Ok(Self { ask, ..Self::new(fd) })
     }
 
     /// Has `epoll` tell when the descriptor is ready.

@@ -106,6 +106,7 @@ mod tests {
             assert_eq!(last(ending, reboots, asked), expected);
         }
     }
+
     #[test]
     fn a_machine_has_all_the_descriptors_that_the_host_allows() {
         let mut limit = getrlimit(Resource::Nofile);

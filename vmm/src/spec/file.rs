@@ -73,6 +73,14 @@ fn remedy(cause: &io::Error) -> &'static str {
     }
 }
 
+/// Opens `path` for reading. Without `O_NONBLOCK` a FIFO would block here until somebody writes to it.
+pub(crate) fn open_at_once(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+}
+
 /// A file type in words.
 pub(crate) fn describe(kind: FileType) -> &'static str {
     match kind {
@@ -96,12 +104,7 @@ impl InputFile {
             path: path.into(),
             cause,
         };
-        // Without O_NONBLOCK a FIFO would block here until somebody writes to it.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(unusable)?;
+        let file = open_at_once(path).map_err(unusable)?;
         let metadata = file.metadata().map_err(unusable)?;
         if !metadata.is_file() {
             return Err(FileError::NotAFile {
