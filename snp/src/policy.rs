@@ -128,6 +128,11 @@ impl Policy {
         self.0
     }
 
+    /// Bits that mean nothing to this version of cvmm; later firmware may give more by them.
+    pub const fn unknown(self) -> u64 {
+        self.0 & !KNOWN
+    }
+
     /// True if `bit` is set.
     pub const fn has(self, bit: PolicyBit) -> bool {
         self.0 >> (bit as u8) & 1 != 0

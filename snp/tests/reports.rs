@@ -18,7 +18,8 @@ use proptest::prelude::*;
 use snp::measure::Measurement;
 use snp::policy::{Policy, PolicyBit};
 use snp::report::{
-    CertificateError, Chain, Expected, Failure, Link, Report, ReportError, Roots, TcbMinimum, TcbParts, check,
+    CertificateError, Chain, Expected, Failure, Link, ListFault, Report, ReportError, Roots, TcbMinimum,
+    TcbParts, check,
 };
 
 const MILAN: &[u8] = include_bytes!("recorded/report/milan.bin");
@@ -215,6 +216,10 @@ fn each_field_that_is_not_as_expected_is_named() {
         ("security version is 6", |b| b[4] = 6),
         ("(debug)", |b| b[10] |= 8),
         ("weaker than expected in \"cxl\"", |b| b[10] |= 0x20),
+        ("weaker than expected in \"migration-agent\"", |b| b[10] |= 4),
+        ("bits 0x84000000, which this cvmm does not know", |b| {
+            b[11] |= 0x84
+        }),
         ("VMPL 2", |b| b[0x30] = 2),
         ("VMPL 4294967295", |b| b[0x30..0x34].fill(0xff)),
         ("signature algorithm 2", |b| b[0x34] = 2),
@@ -224,6 +229,7 @@ fn each_field_that_is_not_as_expected_is_named() {
         ("masks the chip's id", |b| b[0x1a0..0x1e0].fill(0)),
         ("another chip's", |b| b[0x1df] ^= 1),
         ("the report for (boot loader 5", |b| b[0x180] = 5),
+        ("launched on TCB (boot loader 3", |b| b[0x1f0] = 3),
     ];
     for (says, change) in cases {
         let found = failures(&report(*change));
@@ -260,6 +266,26 @@ fn debug_guests_pass_only_where_they_are_allowed() {
     assert_eq!(check(&Report::parse(&bytes).unwrap(), &CHAIN, &wish, at(NOW)), []);
 }
 
+/// Whoever chooses the agent can take the guest's memory elsewhere, and the policy is the host's to choose.
+#[test]
+fn guests_that_may_migrate_pass_only_where_the_policy_says_so() {
+    let report = Report::parse(&report(|b| b[10] |= 4)).unwrap();
+    let agents = Policy::default().set(PolicyBit::MigrationAgent, true);
+    let with = |policy| {
+        let wish = Expected { policy, ..expected() };
+        check(&report, &CHAIN, &wish, at(NOW))
+    };
+    assert_eq!(with(None), [Failure::MigrationAgent]);
+    assert_eq!(with(Some(agents)), []);
+}
+
+#[test]
+fn bits_of_a_policy_that_nobody_knows_may_be_permissions() {
+    let report = Report::parse(&report(|b| b[11] |= 4)).unwrap();
+    let found = check(&report, &CHAIN, &Expected::default(), at(NOW));
+    assert_eq!(found, [Failure::PolicyUnknown(1 << 26)]);
+}
+
 #[test]
 fn an_old_tcb_is_refused_part_by_part() {
     let base = TcbMinimum {
@@ -287,7 +313,7 @@ fn an_old_tcb_is_refused_part_by_part() {
         check(&Report::parse(&report(|_| {})).unwrap(), &CHAIN, &wish, at(NOW)).len()
     };
     assert_eq!(with(base), 0);
-    assert_eq!(newer.map(with), [1; 5]);
+    assert_eq!(newer.map(with), [2; 5], "of the report and of the launch");
 }
 
 #[test]
@@ -295,7 +321,9 @@ fn turin_reports_have_their_own_tcb_layout_and_short_chip_ids() {
     let bytes = |version| {
         report(|b| {
             b[0] = version;
-            b[0x180..0x188].copy_from_slice(&[1, 4, 0, 24, 0, 0, 0, 219]);
+            for tcb in [0x180, 0x1f0] {
+                b[tcb..tcb + 8].copy_from_slice(&[1, 4, 0, 24, 0, 0, 0, 219]);
+            }
             b[0x188] = 0x1a;
             b[0x1a8..0x1e0].fill(0);
         })
@@ -382,6 +410,55 @@ fn each_broken_link_of_the_chain_is_named() {
         );
         assert!(found.contains(&failure), "{failure:?}: {found:?}");
     }
+}
+
+/// All of the forged certificates have the serial number 1. AMD has revoked an intermediate key of Genoa.
+#[test]
+fn a_revoked_key_is_refused_by_a_list_that_is_the_roots_and_in_time() {
+    let now = ["260101000000Z", "270101000000Z"];
+    let ark = &PLATFORM.ark;
+    let revoked = [Link::Root, Link::Intermediate].map(Failure::CertificateRevoked);
+    let unusable = |fault| vec![Failure::RevocationList(fault)];
+    let list = forge::revocation_list;
+    let cases = [
+        (list("ARK", ark, &now, &[]), vec![]),
+        (list("ARK", ark, &now, &[2, 7]), vec![]),
+        (list("ARK", ark, &now, &[7, 1]), revoked.to_vec()),
+        (
+            list("ARK", &PLATFORM.ask, &now, &[]),
+            unusable(ListFault::Signature),
+        ),
+        (list("ASK", ark, &now, &[]), unusable(ListFault::Foreign)),
+        (list("ARK", ark, &now[..1], &[]), unusable(ListFault::Expired)),
+        (
+            list("ARK", ark, &["250101000000Z", "250201000000Z"], &[]),
+            unusable(ListFault::Expired),
+        ),
+        (
+            list("ARK", ark, &["270101000000Z", "280101000000Z"], &[]),
+            unusable(ListFault::NotYetValid),
+        ),
+    ];
+    let report = Report::parse(&report(|_| {})).unwrap();
+    for (list, failures) in cases {
+        let chain = CHAIN.clone().with_revoked(&list).unwrap();
+        assert!(chain.has_list());
+        assert_eq!(check(&report, &chain, &expected(), at(NOW)), failures);
+    }
+    let list = list("ARK", ark, &now, &[7]);
+    for at_byte in 0..list.len() {
+        let mut bytes = list.clone();
+        bytes[at_byte] ^= 0x40;
+        if let Ok(chain) = CHAIN.clone().with_revoked(&bytes) {
+            assert_ne!(
+                check(&report, &chain, &expected(), at(NOW)),
+                [],
+                "byte {at_byte:#x}"
+            );
+        }
+    }
+    let none = CHAIN.clone().with_revoked(&ask(|_| {})).unwrap_err();
+    assert_eq!(none, CertificateError::UnreadableList);
 }
 
 #[test]

@@ -69,6 +69,10 @@ pub struct Certificates {
     /// Trust this root instead of AMD's: for emulated hosts, DER or PEM
     #[arg(long, visible_alias = "root", value_name = "PATH")]
     pub ark: Option<PathBuf>,
+    /// The root's list of revoked certificates, DER or PEM, as AMD gives it out for each family of chips; without it,
+    /// nothing is known of revocations
+    #[arg(long, value_name = "PATH")]
+    pub crl: Option<PathBuf>,
     /// Time at which the certificates have to be valid, in seconds since 1970 [default: now]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=LAST_SECOND))]
     pub at: Option<u64>,
@@ -99,17 +103,17 @@ pub struct Wishes {
     /// Digest of the key that signed the ID key
     #[arg(long, value_name = "HEX")]
     pub author_key_digest: Option<Measurement>,
-    /// Lowest security version of the guest in its ID block
+    /// Lowest security version of the guest in its ID block; say with one of the two above whose block counts
     #[arg(long, value_name = "N", default_value = "0")]
     pub min_svn: u32,
-    /// A policy; the guest's may give the host no more than this one
+    /// A policy; the guest's may give the host no more than this one [default: neither debugging nor migration]
     #[arg(long, value_name = "HEX")]
     pub policy: Option<Policy>,
-    /// Lowest patch levels of the platform; absent ones are not looked at
+    /// Lowest patch levels of the platform, now and when the guest was launched; absent ones are not looked at
     #[arg(long, value_name = "boot-loader=N,tee=N,snp=N,microcode=N,fmc=N")]
     pub min_tcb: Option<Levels>,
     /// Least privileged VMPL that may have asked for the report
-    #[arg(long, value_name = "N", default_value = "0")]
+    #[arg(long, value_name = "N", default_value = "0", value_parser = clap::value_parser!(u32).range(0..=3))]
     pub vmpl: u32,
     /// Accept a guest that the host may debug, which protects nothing
     #[arg(long)]
@@ -143,6 +147,12 @@ pub enum Unreadable {
     /// The policy expected is none.
     #[error("policy")]
     Policy(#[from] PolicyError),
+    /// A security version that anybody can state.
+    #[error(
+        "min-svn: anybody can make an ID block with any security version; give --id-key-digest or \
+         --author-key-digest, as cvmm id-block printed it, to say whose counts"
+    )]
+    SvnOfAnybody,
 }
 
 impl Unreadable {
@@ -156,7 +166,8 @@ impl Unreadable {
             | Self::Report(_)
             | Self::Certs(_)
             | Self::NoSigner
-            | Self::Chain(CertificateError::Unreadable(_))
+            | Self::Chain(CertificateError::Unreadable(_) | CertificateError::UnreadableList)
+            | Self::SvnOfAnybody
             | Self::Policy(_) => ExitClass::Usage,
         }
     }
@@ -173,11 +184,16 @@ pub fn run(args: &Args) -> Result<ExitClass, Unreadable> {
     let since = args.certificates.at.map(Duration::from_secs);
     let given = since.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
     let now = given.unwrap_or_else(SystemTime::now);
-    let answer = Answer::new(&report, &expected, &check(&report, &chain, &expected, now));
+    let failures = check(&report, &chain, &expected, now);
+    let answer = Answer::new(&report, &expected, chain.has_list(), &failures);
     conclude(&answer, args.json, answer.verified()).map_err(Unreadable::Unwritten)
 }
 
-fn expected(wishes: &Wishes) -> Result<Expected, PolicyError> {
+fn expected(wishes: &Wishes) -> Result<Expected, Unreadable> {
+    let anybody = wishes.id_key_digest.is_none() && wishes.author_key_digest.is_none();
+    if wishes.min_svn != 0 && anybody {
+        return Err(Unreadable::SvnOfAnybody);
+    }
     let policy = wishes
         .policy
         .map(|policy| snp::policy::Policy::from_bits(policy.0));

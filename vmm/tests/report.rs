@@ -45,6 +45,7 @@ impl Scratch {
 
 const MILAN: &str = "\
 ok     certificates signed up to the root, all valid
+-      revocation   whether one was revoked takes --crl (not compared)
 ok     signature    ECDSA P-384 with SHA-384
 ok     chip         the VCEK of chip ";
 
@@ -119,6 +120,9 @@ impl Forged {
         }
         dir.write("certs", table.to_bytes());
         dir.write("ark", root);
+        let now = ["260101000000Z", "270101000000Z"];
+        dir.write("none-revoked", forge::revocation_list("ARK", &ark, &now, &[7]));
+        dir.write("all-revoked", forge::revocation_list("ARK", &ark, &now, &[1]));
         let mut report = vec![0; 1184];
         report[0] = 3;
         report[4] = 7;
@@ -197,6 +201,14 @@ fn each_check_has_its_line_and_one_failure_fails_the_report() {
             "FAILED policy       the policy lets the host read and write",
         ),
         (
+            |r| r[10] |= 4,
+            "FAILED policy       the policy is weaker than expected in \"migration-agent\"",
+        ),
+        (
+            |r| r[0x1f6] = 23,
+            "FAILED tcb          the guest was launched on TCB (boot loader 4, tee 0, snp 23",
+        ),
+        (
             |r| r[0x30] = 1,
             "FAILED vmpl         the report was requested at VMPL 1",
         ),
@@ -229,6 +241,36 @@ fn each_check_has_its_line_and_one_failure_fails_the_report() {
         assert!(failed.len() == 1 && failed[0].starts_with(says), "{says}: {out}");
         assert!(out.ends_with("\nTHE REPORT DOES NOT VERIFY\n"), "{out}");
     }
+}
+
+#[test]
+fn a_revoked_key_is_known_by_the_roots_list() {
+    let forged = Forged::new("crl");
+    let cases = [
+        (
+            &[][..],
+            0,
+            "\n-      revocation   whether one was revoked takes --crl (not compared)\n",
+        ),
+        (
+            &["--crl", "none-revoked"],
+            0,
+            "\nok     revocation   none of them is on the root's list\n",
+        ),
+        (
+            &["--crl", "all-revoked"],
+            40,
+            "the ASK certificate is revoked; trust no key below it\n",
+        ),
+    ];
+    for (more, expected, says) in cases {
+        let (code, out, err) = forged.verify(more);
+        assert_eq!((code, err.as_str()), (expected, ""), "{out}");
+        assert!(out.contains(says), "{out}");
+    }
+    let (code, _, err) = forged.verify(&["--crl", "certs"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("the revocation list is not X.509"), "{err}");
 }
 
 #[test]
@@ -306,7 +348,16 @@ fn what_is_no_report_or_certificate_is_named() {
     forged.dir.write("short", [0; 1183]);
     forged.dir.write("cut", &forged.dir.read("certs")[..100]);
     let vcek = recorded("report/vcek-milan.der");
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 10] = [
+        (
+            &["report", "--certs", "certs", "--min-svn", "7"],
+            "cvmm: min-svn: anybody can make an ID block with any security version; give --id-key-digest",
+        ),
+        // As the host's own request states it.
+        (
+            &["report", "--certs", "certs", "--vmpl", "4294967295"],
+            "4294967295 is not in 0..=3",
+        ),
         (
             &["none", "--certs", "certs"],
             "cvmm: report none: not found; check the path",

@@ -7,10 +7,12 @@ use ring::signature::{
     ECDSA_P384_SHA384_ASN1, RSA_PSS_2048_8192_SHA384, UnparsedPublicKey, VerificationAlgorithm,
 };
 use x509_cert::Certificate;
-use x509_cert::der::asn1::ObjectIdentifier;
+use x509_cert::der::asn1::{BitString, ObjectIdentifier};
 use x509_cert::der::{Decode, Encode};
 use x509_cert::ext::pkix::BasicConstraints;
+use x509_cert::spki::AlgorithmIdentifierOwned;
 
+use super::revocation::{List, ListFault};
 use crate::certs::der;
 use crate::p384::PublicKey;
 use crate::report::TcbParts;
@@ -70,6 +72,8 @@ impl fmt::Display for Link {
 pub enum CertificateError {
     #[error("the {0} certificate is not X.509 in PEM or DER form")]
     Unreadable(Link),
+    #[error("the revocation list is not X.509 in PEM or DER form")]
+    UnreadableList,
     #[error(
         "no ASK certificate issued the VCEK or VLEK; give the one that did (for a VLEK the ASVK) with --ask"
     )]
@@ -121,6 +125,8 @@ pub(super) enum Fault {
     NotYetValid(Link),
     Expired(Link),
     NoAuthority(Link),
+    Revoked(Link),
+    List(ListFault),
 }
 
 /// Three certificates that name each other; [`super::check`] verifies them.
@@ -129,6 +135,7 @@ pub struct Chain {
     signer: Certificate,
     intermediate: Certificate,
     root: Certificate,
+    revoked: Option<List>,
 }
 
 impl Chain {
@@ -156,7 +163,23 @@ impl Chain {
             signer,
             intermediate,
             root,
+            revoked: None,
         })
+    }
+
+    /// Checks the chain also against `list`, the root's list of revoked certificates, PEM or DER.
+    ///
+    /// # Errors
+    /// No list.
+    pub fn with_revoked(self, list: &[u8]) -> Result<Self, CertificateError> {
+        let list = List::read(list).ok_or(CertificateError::UnreadableList)?;
+        let revoked = Some(list);
+        Ok(Self { revoked, ..self })
+    }
+
+    /// True if there is a list of revoked certificates to check against.
+    pub fn has_list(&self) -> bool {
+        self.revoked.is_some()
     }
 
     /// Everything that is wrong at the time `now`.
@@ -182,6 +205,15 @@ impl Chain {
             if link != Link::Signer && !authority(subject) {
                 faults.push(Fault::NoAuthority(link));
             }
+        }
+        if let Some(list) = &self.revoked {
+            faults.extend(list.faults(&self.root, now).into_iter().map(Fault::List));
+            // The root issued both; the signer, which it did not, has a serial number of its own issuer's.
+            let named = [(Link::Root, &self.root), (Link::Intermediate, &self.intermediate)];
+            let named = named
+                .into_iter()
+                .filter(|(_, certificate)| list.names(certificate));
+            faults.extend(named.map(|(link, _)| Fault::Revoked(link)));
         }
         faults
     }
@@ -227,22 +259,42 @@ impl Chain {
 
 /// True if `issuer`'s key signed `subject`.
 fn issued(subject: &Certificate, issuer: &Certificate) -> bool {
-    let algorithm: &dyn VerificationAlgorithm = match subject.signature_algorithm().oid {
+    signed(&Signed {
+        contents: subject.tbs_certificate().to_der().ok(),
+        inner: subject.tbs_certificate().signature(),
+        outer: subject.signature_algorithm(),
+        signature: subject.signature(),
+        issuer,
+    })
+}
+
+/// A certificate or a list, as X.509 signs them.
+pub(super) struct Signed<'a> {
+    /// DER of what is signed; `None` if it has none.
+    pub(super) contents: Option<Vec<u8>>,
+    /// The algorithm as the contents state it.
+    pub(super) inner: &'a AlgorithmIdentifierOwned,
+    /// The algorithm as it stands beside the signature.
+    pub(super) outer: &'a AlgorithmIdentifierOwned,
+    pub(super) signature: &'a BitString,
+    pub(super) issuer: &'a Certificate,
+}
+
+/// True if the issuer's key made the signature.
+pub(super) fn signed(signed: &Signed<'_>) -> bool {
+    let algorithm: &dyn VerificationAlgorithm = match signed.outer.oid {
         // The algorithm fixes SHA-384, MGF1 with SHA-384 and a salt of 48 bytes, as AMD uses them.
         RSASSA_PSS => &RSA_PSS_2048_8192_SHA384,
         ECDSA_SHA384 => &ECDSA_P384_SHA384_ASN1,
         _ => return false,
     };
-    let same = subject.tbs_certificate().signature() == subject.signature_algorithm();
-    let key = issuer.tbs_certificate().subject_public_key_info();
-    let parts = (key.subject_public_key.as_bytes(), subject.signature().as_bytes());
-    let (Some(key), Some(signature), Ok(signed)) = (parts.0, parts.1, subject.tbs_certificate().to_der())
-    else {
+    let key = signed.issuer.tbs_certificate().subject_public_key_info();
+    let parts = (key.subject_public_key.as_bytes(), signed.signature.as_bytes());
+    let (Some(key), Some(signature), Some(contents)) = (parts.0, parts.1, &signed.contents) else {
         return false;
     };
-    same && UnparsedPublicKey::new(algorithm, key)
-        .verify(&signed, signature)
-        .is_ok()
+    let verified = UnparsedPublicKey::new(algorithm, key).verify(contents, signature);
+    signed.inner == signed.outer && verified.is_ok()
 }
 
 /// True if the certificate may issue others.

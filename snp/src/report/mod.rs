@@ -3,6 +3,7 @@
 //! (VCEK) Certificate and KDS Interface Specification", revision 1.00).
 
 mod chain;
+mod revocation;
 mod verify;
 
 use std::fmt;
@@ -13,6 +14,7 @@ use crate::p384::{SIGNATURE_BYTES, Signature};
 use crate::policy::Policy;
 
 pub use chain::{CertificateError, Chain, Link, Roots};
+pub use revocation::ListFault;
 pub use verify::{Expected, Failure, TcbMinimum, check};
 
 /// Length of a report, without the header that SNP_GUEST_REQUEST puts before it.

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use crate::measure::Measurement;
 use crate::policy::{Policy, PolicyBit};
 use crate::report::chain::{Chain, Fault, Link};
-use crate::report::{ALGORITHM, Report, Signer, TcbLayout, TcbParts};
+use crate::report::{ALGORITHM, ListFault, Report, Signer, TcbLayout, TcbParts};
 
 /// Lowest security patch levels; 0 takes any.
 pub type TcbMinimum = TcbParts;
@@ -18,7 +18,7 @@ pub struct Expected {
     pub measurements: Vec<Measurement>,
     /// A policy that gives the host no more than this one.
     pub policy: Option<Policy>,
-    /// Patch levels of the reported TCB.
+    /// Patch levels of the reported TCB, and of the one that the guest was launched on.
     pub tcb: TcbMinimum,
     /// SHA-384 of the key that signed the ID block.
     pub id_key_digest: Option<[u8; 48]>,
@@ -51,13 +51,18 @@ pub enum Failure {
     CertificateNotYetValid(Link),
     CertificateExpired(Link),
     CertificateNoAuthority(Link),
+    CertificateRevoked(Link),
+    RevocationList(ListFault),
     CertificateWithoutTcb,
     CertificateTcb { certificate: TcbParts, report: TcbParts },
     CertificateWithoutChip,
     ChipMasked,
     OtherChip,
     TcbTooOld { report: TcbParts, minimum: TcbParts },
+    LaunchTcbTooOld { launch: TcbParts, minimum: TcbParts },
     Debug,
+    MigrationAgent,
+    PolicyUnknown(u64),
     PolicyWeaker(PolicyBit),
     PolicyAbi { wanted: (u8, u8), stated: (u8, u8) },
     Vmpl(u32),
@@ -76,6 +81,8 @@ impl From<Fault> for Failure {
             Fault::NotYetValid(link) => Self::CertificateNotYetValid(link),
             Fault::Expired(link) => Self::CertificateExpired(link),
             Fault::NoAuthority(link) => Self::CertificateNoAuthority(link),
+            Fault::Revoked(link) => Self::CertificateRevoked(link),
+            Fault::List(fault) => Self::RevocationList(fault),
         }
     }
 }
@@ -103,6 +110,8 @@ impl fmt::Display for Failure {
             }
             Self::CertificateExpired(link) => write!(f, "the {link} certificate has expired"),
             Self::CertificateNoAuthority(link) => write!(f, "the {link} certificate may not issue others"),
+            Self::CertificateRevoked(link) => write!(f, "the {link} certificate is revoked; trust no key below it"),
+            Self::RevocationList(fault) => write!(f, "the revocation list {fault}"),
             Self::CertificateWithoutTcb => f.write_str("the VCEK or VLEK certificate does not state its TCB"),
             Self::CertificateTcb { certificate, report } => {
                 write!(
@@ -115,6 +124,16 @@ impl fmt::Display for Failure {
             Self::OtherChip => f.write_str("the VCEK certificate is another chip's"),
             Self::TcbTooOld { report, minimum } => {
                 write!(f, "the TCB ({report}) is older than the minimum ({minimum})")
+            }
+            Self::LaunchTcbTooOld { launch, minimum } => write!(
+                f,
+                "the guest was launched on TCB ({launch}), older than the minimum ({minimum}), which a later update does not mend"
+            ),
+            Self::MigrationAgent => f.write_str(
+                "the policy lets a migration agent of the host's choice take the guest's memory elsewhere (migration-agent)",
+            ),
+            Self::PolicyUnknown(bits) => {
+                write!(f, "the policy has the bits {bits:#x}, which this cvmm does not know")
             }
             Self::Debug => f.write_str("the policy lets the host read and write the guest's memory (debug)"),
             Self::PolicyWeaker(bit) => write!(f, "the policy is weaker than expected in \"{}\"", bit.name()),
@@ -209,18 +228,25 @@ fn tcb(report: &Report, chain: &Chain, minimum: &TcbMinimum) -> Vec<Failure> {
             }
         }
     }
-    let enough = stated.fmc.unwrap_or(0) >= minimum.fmc.unwrap_or(0)
+    let minimum = *minimum;
+    if !enough(stated, minimum) {
+        let report = stated;
+        failures.push(Failure::TcbTooOld { report, minimum });
+    }
+    // Firmware can be updated under a running guest. What older firmware let the host do to it stays done.
+    let launch = report.launch_tcb().parts(layout);
+    if !enough(launch, minimum) {
+        failures.push(Failure::LaunchTcbTooOld { launch, minimum });
+    }
+    failures
+}
+
+fn enough(stated: TcbParts, minimum: TcbMinimum) -> bool {
+    stated.fmc.unwrap_or(0) >= minimum.fmc.unwrap_or(0)
         && stated.boot_loader >= minimum.boot_loader
         && stated.tee >= minimum.tee
         && stated.snp >= minimum.snp
-        && stated.microcode >= minimum.microcode;
-    if !enough {
-        failures.push(Failure::TcbTooOld {
-            report: stated,
-            minimum: *minimum,
-        });
-    }
-    failures
+        && stated.microcode >= minimum.microcode
 }
 
 fn policy(report: &Report, expected: &Expected) -> Vec<Failure> {
@@ -228,6 +254,12 @@ fn policy(report: &Report, expected: &Expected) -> Vec<Failure> {
     let mut failures = Vec::new();
     if stated.has(PolicyBit::Debug) && !expected.debug_allowed {
         failures.push(Failure::Debug);
+    }
+    if stated.has(PolicyBit::MigrationAgent) && expected.policy.is_none() {
+        failures.push(Failure::MigrationAgent);
+    }
+    if stated.unknown() != 0 {
+        failures.push(Failure::PolicyUnknown(stated.unknown()));
     }
     if let Some(wanted) = expected.policy {
         let weaker = stated

@@ -137,6 +137,22 @@ impl Cert<'_> {
     }
 }
 
+/// A revocation list of `issuer` that names the certificates with these serial numbers.
+pub(crate) fn revocation_list(issuer: &str, signer: &Key, times: &[&str], serials: &[u8]) -> Vec<u8> {
+    let time = |time: &&str| tlv(0x17, &[time.as_bytes()]);
+    let times = times.iter().flat_map(time).collect::<Vec<u8>>();
+    let entry = |serial: &u8| seq(&[&[2, 1, *serial], &tlv(0x17, &[b"210101000000Z"])]);
+    let entries = serials.iter().flat_map(entry).collect::<Vec<u8>>();
+    let entries = if serials.is_empty() {
+        Vec::new()
+    } else {
+        seq(&[&entries])
+    };
+    let tbs = seq(&[&[2, 1, 1], ALGORITHM, &name(issuer), &times, &entries]);
+    let signature = signer.sign(&tbs, false);
+    seq(&[&tbs, ALGORITHM, &tlv(3, &[&[0], &signature])])
+}
+
 /// Signs the first 0x2a0 bytes of `report` in place.
 pub(crate) fn sign_report(report: &mut [u8], key: &Key) {
     let fixed = key.sign(&report[..0x2a0], true);

@@ -47,6 +47,7 @@ fn check_of(failure: &Failure) -> &'static str {
         | Failure::CertificateNotYetValid(_)
         | Failure::CertificateExpired(_)
         | Failure::CertificateNoAuthority(_) => "certificates",
+        Failure::CertificateRevoked(_) | Failure::RevocationList(_) => "revocation",
         Failure::Algorithm(_) | Failure::SignatureMalformed | Failure::Signature | Failure::SignerKey => {
             "signature"
         }
@@ -56,8 +57,15 @@ fn check_of(failure: &Failure) -> &'static str {
         | Failure::CertificateWithoutChip
         | Failure::ChipMasked
         | Failure::OtherChip => "chip",
-        Failure::CertificateWithoutTcb | Failure::CertificateTcb { .. } | Failure::TcbTooOld { .. } => "tcb",
-        Failure::Debug | Failure::PolicyWeaker(_) | Failure::PolicyAbi { .. } => "policy",
+        Failure::CertificateWithoutTcb
+        | Failure::CertificateTcb { .. }
+        | Failure::TcbTooOld { .. }
+        | Failure::LaunchTcbTooOld { .. } => "tcb",
+        Failure::Debug
+        | Failure::MigrationAgent
+        | Failure::PolicyUnknown(_)
+        | Failure::PolicyWeaker(_)
+        | Failure::PolicyAbi { .. } => "policy",
         Failure::Vmpl(_) => "vmpl",
         Failure::Measurement(_) => MEASUREMENT,
         Failure::IdKey => "id-key",
@@ -69,7 +77,7 @@ fn check_of(failure: &Failure) -> &'static str {
 }
 
 /// Each check: its name, whether anything is expected, and what the report states.
-fn checks(report: &Report, expected: &Expected) -> [(&'static str, bool, String); 12] {
+fn checks(report: &Report, expected: &Expected, listed: bool) -> [(&'static str, bool, String); 13] {
     let hex = |bytes: &[u8]| Hex(bytes).to_string();
     let signer = match report.signer() {
         Signer::Vcek => format!("the VCEK of chip {}", Hex(&report.chip_id())),
@@ -81,6 +89,15 @@ fn checks(report: &Report, expected: &Expected) -> [(&'static str, bool, String)
             "certificates",
             true,
             "signed up to the root, all valid".to_owned(),
+        ),
+        (
+            "revocation",
+            listed,
+            if listed {
+                "none of them is on the root's list".to_owned()
+            } else {
+                "whether one was revoked takes --crl".to_owned()
+            },
         ),
         ("signature", true, "ECDSA P-384 with SHA-384".to_owned()),
         ("chip", true, signer),
@@ -125,7 +142,8 @@ fn checks(report: &Report, expected: &Expected) -> [(&'static str, bool, String)
 }
 
 impl Answer {
-    pub(super) fn new(report: &Report, expected: &Expected, failures: &[Failure]) -> Self {
+    /// `listed` says whether there was a list of revoked certificates.
+    pub(super) fn new(report: &Report, expected: &Expected, listed: bool, failures: &[Failure]) -> Self {
         let check = |(name, compared, stated)| {
             let reasons: Vec<String> = failures
                 .iter()
@@ -139,7 +157,7 @@ impl Answer {
             schema: SCHEMA,
             cvmm: env!("CARGO_PKG_VERSION"),
             verified: failures.is_empty(),
-            checks: checks(report, expected).map(check).into(),
+            checks: checks(report, expected, listed).map(check).into(),
             report: Fields {
                 version: report.version(),
                 measurement: report.measurement().to_string(),

@@ -43,5 +43,9 @@ pub(super) fn chain(given: &Certificates, report: &Report) -> Result<Chain, Unre
         Some(path) => Roots::only(&read("ark", path)?)?,
         None => Roots::amd(),
     };
-    Ok(Chain::find(&signer, ask.as_deref(), &roots)?)
+    let chain = Chain::find(&signer, ask.as_deref(), &roots)?;
+    Ok(match &given.crl {
+        Some(path) => chain.with_revoked(&read("crl", path)?)?,
+        None => chain,
+    })
 }
