@@ -307,6 +307,16 @@ fn flaw(image: &[u8], section: &Section, entry: &[u8; ENTRY]) -> Option<&'static
         SectionKind::HandOff | SectionKind::Temporary | SectionKind::Permanent
     );
     let permanent = section.kind == SectionKind::Permanent;
+    let from_host = match section.kind {
+        SectionKind::HandOff => true,
+        SectionKind::Payload | SectionKind::PayloadParameters => section.file_bytes == 0,
+        SectionKind::Code
+        | SectionKind::Variables
+        | SectionKind::Temporary
+        | SectionKind::Permanent
+        | SectionKind::Info
+        | SectionKind::Parameters => false,
+    };
     let checks = [
         (
             attributes & !(EXTEND | AUG) != 0,
@@ -315,6 +325,10 @@ fn flaw(image: &[u8], section: &Section, entry: &[u8; ENTRY]) -> Option<&'static
         (
             section.extended && !section.added,
             "is to be measured, but not part of the launch",
+        ),
+        (
+            section.extended && from_host,
+            "is to be measured, whose contents the host makes; no digest can be predicted",
         ),
         (permanent && section.added, "is permanent, which no launch adds"),
         (

@@ -258,6 +258,11 @@ fn damaged_files_say_what_is_wrong() {
             "must be empty",
         ),
         (
+            "a measured hand-off block",
+            word(section(4) + 28, 1),
+            "whose contents the host makes",
+        ),
+        (
             "more than fits",
             word(section(1) + 4, 0x5000),
             "more contents than room",
@@ -283,6 +288,14 @@ fn damaged_files_say_what_is_wrong() {
             "no firmware code ends at 4 GiB",
         ),
     ];
+    // td-shim's payload and its command line, where the image has none and the host puts its own there.
+    let brought = [(5, 0x120_0000), (6, 0x110_0000)];
+    for (kind, gpa) in brought {
+        let image = |attributes| image(&[PLAIN[0], (0, 0, gpa, 0x8000, kind, attributes)], By::Offset);
+        let error = survive(image(1)).unwrap_err().to_string();
+        assert!(error.contains("whose contents the host makes"), "{error}");
+        assert_eq!(survive(image(0)), Ok(()));
+    }
     for (name, image, says) in cases {
         let found = survive(image.clone());
         let error = found.expect_err(name).to_string();

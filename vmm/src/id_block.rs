@@ -140,7 +140,7 @@ pub fn run(args: &Args) -> Result<ExitClass, Unsigned> {
     let policy = options::policy(&config.snp).map_err(Unpredictable::from)?;
     let measurement = match args.digest {
         Some(digest) => digest,
-        None => Launch::plan(&args.subject)?
+        None => Launch::plan(&args.subject, config.clone())?
             .digest()
             .map_err(Unpredictable::from)?,
     };

@@ -100,7 +100,7 @@ impl Subject {
         match given.platform {
             Some(PlatformName::Tdx) => Ok(Prediction::Td(Td::plan(self, given)?.into())),
             Some(PlatformName::Auto) | None if tdvf => Ok(Prediction::Td(Td::plan(self, given)?.into())),
-            _ => Ok(Prediction::Launch(Launch::plan(self)?.into())),
+            _ => Ok(Prediction::Launch(Launch::plan(self, given)?.into())),
         }
     }
 }
@@ -158,6 +158,14 @@ pub enum Unpredictable {
     /// A TD and something else.
     #[error("diff: a TD and another guest have nothing to compare; give both the same platform")]
     Unlike,
+    /// What goes with a kernel, without one.
+    #[error(
+        "{what}: without a kernel no launch of a firmware image measures it; add --kernel PATH, or leave it out"
+    )]
+    NoKernel {
+        /// What was given.
+        what: &'static str,
+    },
     /// QEMU measures nothing without SNP.
     #[error("platform soft: a firmware image is measured by SNP alone; give --platform snp")]
     SoftFirmware,
@@ -223,6 +231,7 @@ impl Unpredictable {
             | Self::OneOrder
             | Self::Unlike
             | Self::Tdvf { .. }
+            | Self::NoKernel { .. }
             | Self::SoftFirmware
             | Self::TwoPayloads
             | Self::Plan(_)

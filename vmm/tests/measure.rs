@@ -372,6 +372,20 @@ fn a_configuration_means_what_its_flags_mean() {
     let (code, out, err) = inputs.measure(&["--config", "guest.json"]);
     assert_eq!((code, err.as_str()), (0, ""));
     assert_eq!(out, inputs.guest(&flags));
+    // A pipe can be read once.
+    let program = env!("CARGO_BIN_EXE_cvmm");
+    for platform in ["snp", "tdx"] {
+        let config = format!(r#"{{"boot":{{"kernel":"kernel"}},"platform":"{platform}"}}"#);
+        let script = format!("echo '{config}' | {program} measure --config /dev/stdin");
+        let mut shell = Command::new("sh");
+        let piped = shell
+            .args(["-c", &script])
+            .current_dir(&inputs.0)
+            .output()
+            .unwrap();
+        let direct = inputs.measure(&["--kernel", "kernel", "--platform", platform]).1;
+        assert_eq!(piped.stdout, direct.as_bytes(), "{piped:?}");
+    }
 }
 
 #[test]
@@ -564,6 +578,14 @@ fn mistakes_are_named_with_a_remedy() {
         (
             ovmf(&["text"]),
             "cvmm: firmware text: a firmware image is 4 KiB to 64 MiB",
+        ),
+        (
+            ovmf(&["text", "--cmdline", "quiet"]),
+            "cvmm: cmdline: without a kernel no launch of a firmware image measures it; add --kernel PATH",
+        ),
+        (
+            ovmf(&["text", "--initrd", "initrd"]),
+            "cvmm: initrd: without a kernel no launch of a firmware image measures it; add --kernel PATH",
         ),
         (
             ovmf(&["text", "--vcpu-type", "Opteron"]),

@@ -6,7 +6,7 @@ use snp::policy::Policy;
 use snp::vmsa::SevFeatures;
 
 use super::ovmf::PayloadName;
-use super::{Subject, Unpredictable, cli, ovmf, size};
+use super::{Subject, Unpredictable, ovmf, size};
 use crate::config::{Config, PlatformName, Size};
 use crate::plan::{self, Mode, Payload};
 use crate::spec::payload;
@@ -38,18 +38,17 @@ pub enum Source {
 }
 
 impl Launch {
-    /// Plans the launch of `subject` as `cvmm run` does.
+    /// Plans the launch of `subject` as `cvmm run` does; `given` is its configuration.
     ///
     /// # Errors
     /// See [`Unpredictable`].
-    pub fn plan(subject: &Subject) -> Result<Self, Unpredictable> {
+    pub fn plan(subject: &Subject, given: Config) -> Result<Self, Unpredictable> {
         if subject.two_pass {
             return Err(Unpredictable::OneOrder);
         }
         if subject.ovmf.payload == Some(PayloadName::Tdvf) {
             return Err(Unpredictable::TdvfElsewhere);
         }
-        let given = cli::merge(subject.config.clone(), subject.file.as_deref())?;
         let mut config = given.clone().with_defaults();
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), u32::MAX)?;
         let firmware = subject.ovmf.firmware()?;

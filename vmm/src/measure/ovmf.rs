@@ -165,7 +165,14 @@ pub(super) const IMAGE_MAX: usize = (64 << 20) + 1;
 /// Hashes as QEMU makes them with `-kernel`: of whatever the files hold.
 fn hashes(boot: &Boot) -> Result<Option<KernelHashes>, Unpredictable> {
     let Some(kernel) = &boot.kernel else {
-        return Ok(None);
+        let given = [
+            ("initrd", boot.initrd.is_some()),
+            ("cmdline", boot.cmdline.is_some()),
+        ];
+        return match given.into_iter().find(|(_, given)| *given) {
+            Some((what, _)) => Err(Unpredictable::NoKernel { what }),
+            None => Ok(None),
+        };
     };
     let open = |role, path: &Path| -> Result<InputFile, FileError> { InputFile::open(role, path) };
     let kernel = open("kernel", kernel)?;
