@@ -21,7 +21,7 @@ def home():
     """The folder of this user's kept L1s; short, for the sockets' paths have little room."""
     folder = Path(os.environ.get("CVMM_RIG_DIR") or f"/tmp/cvmm-rig.{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise RigError(f"{folder} belongs to someone else: set CVMM_RIG_DIR to a folder of yours with a short path")
     return folder
 
@@ -48,10 +48,18 @@ def _clear_leftovers():
 
 def _alive(folder):
     try:
-        os.kill(int((folder / "pid").read_text()), 0)
+        state = Path(f"/proc/{int((folder / 'pid').read_text())}/stat").read_text()
     except (OSError, ValueError):
         return False
-    return True
+    # A container's first process may never wait for those that have ended.
+    return state.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def sign(folder):
+    """Makes this process the one whose end is the L1's. Who clears up must see the whole number or none."""
+    fresh = folder / "pid.new"
+    fresh.write_text(str(os.getpid()))
+    fresh.rename(folder / "pid")
 
 
 @contextlib.contextmanager
@@ -61,7 +69,7 @@ def for_now(spec):
     machine.command(spec, home())
     with tempfile.TemporaryDirectory(prefix="once.", dir=home()) as path:
         folder = Path(path)
-        (folder / "pid").write_text(str(os.getpid()))
+        sign(folder)
         process = machine.start(spec, folder)
         try:
             _await_boot(folder)
@@ -103,7 +111,7 @@ def _guard(spec, folder, lifetime, started):
     null = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((0, null), (1, log), (2, log)):
         os.dup2(target, number)
-    (folder / "pid").write_text(str(os.getpid()))
+    sign(folder)
     process = machine.start(spec, folder)
     select.select([started], [], [])
     wanted = os.read(started, 1) == b"k"

@@ -34,14 +34,21 @@ class L1Gone(RigError):
 def _port(folder):
     """A connection to a port that nobody else of this rig uses now."""
     with contextlib.ExitStack() as stack:
-        while True:
-            for number in range(PORTS):
-                lock = stack.enter_context(open(folder / f"lock.{number}", "w"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    yield _connect(folder / f"port.{number}", stack)
-                    return
+        while (number := next((n for n in range(PORTS) if _locked(folder / f"lock.{n}", stack)), None)) is None:
             time.sleep(0.2)
+        yield _connect(folder / f"port.{number}", stack)
+
+
+def _locked(path, stack):
+    """True if nobody else has the lock; then the stack holds it."""
+    lock = open(path, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return False
+    stack.enter_context(lock)
+    return True
 
 
 def _connect(path, stack):

@@ -24,7 +24,7 @@ timeout -s KILL 900 ./cvmm run --platform PLATFORM --memory 128M --kernel hostil
     --disk hro,ro --rng --net tap=tap0 --vsock cid=42,uds=/root/hv --console file=hconsole --events hevents 2>herr &
 PID=$!
 while kill -0 $PID 2>/dev/null; do
-    echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) $(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)"
+    ! grep -q '"running"' hevents || echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) $(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)"
     sleep 2
 done 2>/dev/null
 wait $PID; echo "code $?"
@@ -72,7 +72,9 @@ def _bounded(logs):
     """Descriptors, threads, memory, events and messages of every run."""
     notes = []
     for log in logs:
-        samples = _samples(log)
+        # None, if a run is over before it was looked at.
+        if not (samples := _samples(log)):
+            continue
         events, messages = map(int, re.search(r"sizes (\d+) (\d+)", log).groups())
         # Of many samples, the first two may be of a cvmm that has not opened everything.
         first, last = (samples[2:] or samples)[0], samples[-1]
@@ -80,6 +82,7 @@ def _bounded(logs):
         assert last[2] <= first[2] + RSS_GROWTH_KIB, f"resident KiB: {first[2]} -> {last[2]}"
         assert events <= EVENTS_MAX and messages <= STDERR_MAX, f"{events} events, {messages} bytes of messages"
         notes.append(f"{first[0]} -> {last[0]} descriptors, {first[2]} -> {last[2]} KiB resident, {events} events")
+    assert notes, logs
     return "; ".join(notes)
 
 

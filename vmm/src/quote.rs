@@ -72,7 +72,8 @@ pub struct Signer {
     reason = "clap would take the text for the command's description"
 )]
 pub struct Wishes {
-    /// What `cvmm measure --platform tdx --json` printed: MRTD and those RTMRs that it predicts
+    /// What `cvmm measure --platform tdx --json` printed: MRTD, those RTMRs that it predicts, and the owner's fields that
+    /// it was given
     #[arg(long, value_name = "PATH")]
     pub measure_json: Option<PathBuf>,
     /// MRTD, the digest of the initial image; repeat to accept several

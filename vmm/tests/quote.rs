@@ -160,8 +160,26 @@ fn a_prediction_is_taken_from_the_json_of_measure() {
         format!(r#"{{"schema":1,"mrtd":"{mrtd}","rtmrs":{rtmrs}}}"#)
     };
     let (mrtd, rtmr1, other) = (stated("mrtd"), stated("rtmr1"), "5a".repeat(48));
-    let cases: [(String, &[&str], i32, &str); 6] = [
+    let owned = |name: &str, value: &str| format!(r#"{{"mrtd":"{mrtd}","{name}":"{value}"}}"#);
+    let cases: [(String, &[&str], i32, &str); 12] = [
         (prediction(&mrtd, &rtmr1), &[], 0, "\nok     rtmr1 "),
+        // What the owner gave to measure is expected; zeros are what nobody gave.
+        (owned("mrconfigid", &other), &[], 40, "\nFAILED mrconfigid "),
+        (owned("mrowner", &other), &[], 40, "\nFAILED mrowner "),
+        (owned("mrownerconfig", &other), &[], 40, "\nFAILED mrownerconfig "),
+        (owned("mrowner", &zeros), &[], 0, "\n-      mrowner "),
+        (
+            owned("mrowner", "0"),
+            &[],
+            2,
+            "measure-json: mrowner is not 96 hexadecimal digits; ",
+        ),
+        (
+            format!(r#"{{"mrtd":"{mrtd}","rtmrs":["{rtmr0}"]}}"#),
+            &[],
+            2,
+            "measure-json: invalid length 1, expected an array of length 4",
+        ),
         (prediction(&mrtd, &other), &[], 40, "\nFAILED rtmr1 "),
         (prediction(&other, &rtmr1), &[], 40, "\nFAILED mrtd "),
         (

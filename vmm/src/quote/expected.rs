@@ -41,7 +41,13 @@ struct Prediction {
     mrtd: String,
     /// Absent for a launch whose firmware measures what cvmm does not know.
     #[serde(default)]
-    rtmrs: Vec<String>,
+    rtmrs: Option<[String; 4]>,
+    #[serde(default)]
+    mrconfigid: Option<String>,
+    #[serde(default)]
+    mrowner: Option<String>,
+    #[serde(default)]
+    mrownerconfig: Option<String>,
 }
 
 /// The registers that a prediction is about, beside MRTD. RTMR3 is the running guest's.
@@ -49,16 +55,25 @@ const PREDICTED: [Register; 3] = [Register::Rtmr0, Register::Rtmr1, Register::Rt
 
 impl Prediction {
     fn registers(&self) -> Result<Vec<(Register, Measurement)>, NoPrediction> {
-        let rtmrs = PREDICTED.into_iter().zip(&self.rtmrs);
-        [(Register::Mrtd, &self.mrtd)]
+        let read = |(register, text): (Register, &String)| {
+            let name = register.name();
+            let value = text.parse().map_err(|_| NoPrediction::Digest { name })?;
+            Ok((register, value))
+        };
+        let rtmrs = PREDICTED.into_iter().zip(self.rtmrs.iter().flatten());
+        let launch = [(Register::Mrtd, &self.mrtd)].into_iter().chain(rtmrs).map(read);
+        let owners = [
+            (Register::MrConfigId, &self.mrconfigid),
+            (Register::MrOwner, &self.mrowner),
+            (Register::MrOwnerConfig, &self.mrownerconfig),
+        ];
+        let owners = owners
             .into_iter()
-            .chain(rtmrs)
-            .map(|(register, text)| {
-                let name = register.name();
-                let value = text.parse().map_err(|_| NoPrediction::Digest { name })?;
-                Ok((register, value))
-            })
-            .collect()
+            .filter_map(|(register, text)| Some((register, text.as_ref()?)));
+        let mut owners = owners.map(read).collect::<Result<Vec<_>, _>>()?;
+        // Zeros are what measure prints of a field that it was not given.
+        owners.retain(|(_, value)| *value != Measurement::ZERO);
+        launch.chain(owners.into_iter().map(Ok)).collect()
     }
 }
 
