@@ -55,6 +55,11 @@ class StaleCacheLines(unittest.TestCase):
             self.assertEqual(size, PAGE)
             self.assertLessEqual(ends(gpa, size), read, f"{gpa:#x}")
 
+    def test_each_page_of_a_large_one_is_touched_at_both_ends(self):
+        """As Linux does after PVALIDATE of 2 MiB (arch/x86/coco/sev/core.c, pvalidate_pages)."""
+        for gpa, size, read in self.booted(c_bit=VULNERABLE).pieces:
+            self.assertEqual(len(ends(gpa, size) - read), 0, f"{size:#x} bytes at {gpa:#x}")
+
     def test_a_processor_that_needs_no_help_gets_none(self):
         pieces = self.booted(c_bit=COHERENT, large_pages=False).pieces
         untouched = [gpa for gpa, size, read in pieces if not read & ends(gpa, size)]
