@@ -1,4 +1,4 @@
-//! The ACPI tables of machine v1 (ACPI 6.5): few, fixed, and made inside the measured image.
+//! The ACPI tables of machine v2 (ACPI 6.5): few, fixed, and made inside the measured image.
 
 use crate::bytes::put;
 use crate::layout::{
@@ -95,7 +95,7 @@ impl Area<'_> {
         self.set(&place, 0, &signature)?;
         self.set(&place, 4, &u32::try_from(len).ok()?.to_le_bytes())?;
         self.set(&place, 8, &[revision])?;
-        self.set(&place, 10, b"CVMM  CVMMV1  \x01\0\0\0CVMM\x01\0\0\0")?;
+        self.set(&place, 10, b"CVMM  CVMMV2  \x01\0\0\0CVMM\x01\0\0\0")?;
         Some(place)
     }
 

@@ -34,10 +34,11 @@ const UNACCEPTED_LEN: u64 = 0x1_0000;
 /// How much is copied and then hashed while it is in the cache.
 const BLOCK: u64 = 0x1_0000;
 
-/// Added to the owner's command line where it fits: this machine has EFI tables at most, never EFI services. A
+/// Put before the owner's command line where it fits: this machine has EFI tables at most, never EFI services. A
 /// stock kernel that is not told restarts by EFI, because hardware-reduced ACPI makes it prefer that (Linux,
-/// arch/x86/kernel/reboot.c), and hangs; and it warns of the missing services.
-const NO_RUNTIME: &[u8] = b" efi=noruntime";
+/// arch/x86/kernel/reboot.c), and hangs; and it warns of the missing services. Behind it the words could be init's,
+/// which come after `--`, or part of a quotation that does not end.
+const NO_RUNTIME: &[u8] = b"efi=noruntime ";
 
 /// What the shim runs on.
 pub trait Machine {
@@ -120,7 +121,7 @@ pub fn prepare<M: Machine>(machine: &mut M, mode: Mode, page: &[u8; CONFIG_LEN])
         measure(machine, page)?;
     }
     write_tables(machine, mode, &plan)?;
-    write_cmdline(machine, &config)?;
+    write_cmdline(machine, &config, kernel.cmdline_max)?;
     let links = Links {
         rsdp: ACPI,
         cmdline: CMDLINE,
@@ -239,14 +240,16 @@ fn write_tables<M: Machine>(machine: &mut M, mode: Mode, plan: &Plan) -> Result<
     acpi::write(machine.memory(ACPI, ACPI_LEN)?, ACPI, plan.vcpus, log)
 }
 
-fn write_cmdline<M: Machine>(machine: &mut M, config: &Config<'_>) -> Result<(), Reason> {
-    let more = if config.cmdline.len().saturating_add(NO_RUNTIME.len()) <= CMDLINE_MAX {
+/// Of the owner's words none is lost, so the addition is left out where both together are longer than `max`.
+fn write_cmdline<M: Machine>(machine: &mut M, config: &Config<'_>, max: usize) -> Result<(), Reason> {
+    let all = config.cmdline.len().saturating_add(NO_RUNTIME.len());
+    let more = if all <= max.min(CMDLINE_MAX) {
         NO_RUNTIME
     } else {
         &[]
     };
     let cmdline = machine.memory(CMDLINE, PAGE)?;
-    for (to, from) in cmdline.iter_mut().zip(config.cmdline.iter().chain(more)) {
+    for (to, from) in cmdline.iter_mut().zip(more.iter().chain(config.cmdline)) {
         *to = *from;
     }
     Ok(())

@@ -187,7 +187,7 @@ fn a_good_machine_boots_with_everything_in_place() {
         assert_eq!(fake.ram[initrd..initrd + case.initrd.len()], case.initrd);
         assert_eq!(get_u32(page, 0x21c), u32::try_from(case.initrd.len()).ok());
         let cmdline = index(get_u32(page, 0x228).unwrap().into());
-        let words = b"console=ttyS0 efi=noruntime\0";
+        let words = b"efi=noruntime console=ttyS0\0";
         assert_eq!(&fake.ram[cmdline..cmdline + words.len()], words);
         let (link, efi) = (get_u64(page, 0x250), &page[0x1c0..0x1c4]);
         match mode {
@@ -195,6 +195,29 @@ fn a_good_machine_boots_with_everything_in_place() {
             Mode::Snp => assert_eq!((link, efi), (Some(0x12_2040), &b"EL64"[..])),
             Mode::Tdx => assert_eq!((link, efi), (Some(0), &b"EL64"[..])),
         }
+    }
+}
+
+#[test]
+fn the_addition_stands_where_the_kernel_reads_it_and_costs_no_word_of_the_owner() {
+    const LONG: [u8; 2034] = [b'x'; 2034];
+    let cases: [(&'static [u8], u8, &[u8]); 5] = [
+        (b"", 7, b"efi=noruntime \0"),
+        (b"quiet -- 3", 7, b"efi=noruntime quiet -- 3\0"),
+        (&LONG[1..], 7, b"efi=noruntime xx"),
+        (&LONG, 7, b"xx"),
+        (&LONG[..500], 1, b"xx"),
+    ];
+    for (cmdline, kernel_max, expected) in cases {
+        let mut case = Case::new();
+        case.cmdline = cmdline;
+        case.kernel[0x239] = kernel_max;
+        let mut fake = case.fake();
+        prepare(&mut fake, Mode::Soft, &case.config()).unwrap();
+        let found = &fake.ram[0x12_1000..0x12_2000];
+        assert!(found.starts_with(expected), "{} bytes", cmdline.len());
+        let len = found.iter().position(|&byte| byte == 0).unwrap();
+        assert!(found[..len].ends_with(cmdline), "{} bytes", cmdline.len());
     }
 }
 

@@ -35,6 +35,8 @@ pub struct Kernel {
     pub setup_len: u64,
     /// Memory that the kernel needs from its load address on, in bytes.
     pub init_size: u64,
+    /// Longest command line that it reads, without terminator.
+    pub cmdline_max: usize,
     /// The header's bytes, for the zero page.
     pub header: Range<usize>,
 }
@@ -55,8 +57,13 @@ impl Kernel {
         let relocatable = get(file, AT_RELOCATABLE)? == [1] && word(AT_XLOADFLAGS)? & ENTRY_64 != 0;
         let alignment = u64::from(get_u32(file, AT_ALIGNMENT)?);
         let placeable = alignment.is_power_of_two() && KERNEL.is_multiple_of(alignment);
-        let cmdline = u64::try_from(cmdline_len).ok()? <= get_u32(file, AT_CMDLINE_SIZE)?.into();
-        if !magic || word(AT_VERSION)? < VERSION_MIN || !relocatable || !placeable || !cmdline {
+        let cmdline_max = usize::try_from(get_u32(file, AT_CMDLINE_SIZE)?).ok()?;
+        if !magic
+            || word(AT_VERSION)? < VERSION_MIN
+            || !relocatable
+            || !placeable
+            || cmdline_len > cmdline_max
+        {
             return None;
         }
         let sectors = match get(file, HEADER_START)? {
@@ -71,6 +78,7 @@ impl Kernel {
         (image_len > ENTRY_OFFSET && init_size >= image_len).then_some(Kernel {
             setup_len,
             init_size,
+            cmdline_max,
             header: HEADER_START..header_end,
         })
     }
@@ -109,6 +117,7 @@ pub(crate) mod tests {
         let kernel = Kernel {
             setup_len: 0x800,
             init_size: 0x8000,
+            cmdline_max: 2047,
             header: 0x1f1..0x26c,
         };
         assert_eq!(Kernel::parse(&file, 0x4000, 2047), Ok(kernel));

@@ -1,5 +1,5 @@
-// The DSDT of machine v1. Compiled once: iasl -p dsdt dsdt.asl; the result is part of the measured image.
-DefinitionBlock ("dsdt.aml", "DSDT", 2, "CVMM", "CVMMV1", 1)
+// The DSDT of machine v2. Compiled once: iasl -p dsdt dsdt.asl; the result is part of the measured image.
+DefinitionBlock ("dsdt.aml", "DSDT", 2, "CVMM", "CVMMV2", 1)
 {
     Name (\_S5, Package () { 5, 0, 0, 0 })
 

@@ -1,4 +1,4 @@
-//! The memory map, ports and entry state of machine v1, as one list of constants.
+//! The memory map, ports and entry state of machines v1 and v2, as one list of constants.
 //!
 //! Guest-physical addresses and lengths in bytes. None of them depends on the size of RAM, so neither does
 //! the launch digest.
@@ -72,7 +72,7 @@ pub const RESET_PAGE: u64 = 0xffff_f000;
 /// Highest possible end of high RAM.
 pub const HIGH_RAM_MAX: u64 = STAGING;
 
-/// Most vCPUs of a machine v1; the APIC id is the vCPU's index.
+/// Most vCPUs of a machine; the APIC id is the vCPU's index.
 pub const VCPUS_MAX: u32 = 1024;
 
 /// First port of the 16550 UART, polled and without interrupt.
@@ -118,7 +118,7 @@ pub const ENTRY_CS: u16 = 0x10;
 pub const ENTRY_DS: u16 = 0x18;
 /// The bit that makes a mapping private on SNP.
 pub const C_BIT: u64 = 1 << 51;
-/// The bit that makes a mapping shared on TDX: the guest-physical address width of machine v1 is 48.
+/// The bit that makes a mapping shared on TDX: the guest-physical address width of a machine is 48.
 pub const SHARED_BIT: u64 = 1 << 47;
 /// First instruction of every processor of a TD, in 32-bit mode without paging.
 pub const RESET_VECTOR: u64 = RESET_PAGE + 0xff0;

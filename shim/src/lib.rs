@@ -1,6 +1,6 @@
-//! The measured boot shim of machine v1: its contract with the VMM and everything it decides.
+//! The measured boot shim of machine v2: its contract with the VMM and everything it decides.
 //!
-//! The shim's own binary (`shim/boot`, frozen as `shim/v1.bin`) is a thin layer of instructions around
+//! The shim's own binary (`shim/boot`, frozen as `shim/v2.bin`) is a thin layer of instructions around
 //! this library; the VMM and the digest calculator use the same library for addresses and pages. Nothing
 //! here touches hardware: every function works on byte slices and numbers.
 #![no_std]

@@ -17,7 +17,7 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// RAM with these tops, or `None` when machine v1 has no such RAM.
+    /// RAM with these tops, or `None` when no machine has such RAM.
     #[must_use]
     pub fn new(low_top: u64, high_top: u64) -> Option<Self> {
         let low = (LOW_RAM_MIN..=LOW_RAM_MAX).contains(&low_top);

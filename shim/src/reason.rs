@@ -96,7 +96,7 @@ const ALL: [Reason; 25] = [
 ];
 
 impl Reason {
-    /// The number on the wire, never 0; part of machine v1, so none ever changes.
+    /// The number on the wire, never 0; part of every machine, so none ever changes.
     #[must_use]
     pub fn code(self) -> u8 {
         let vector = if let Reason::Exception(vector) = self {

@@ -79,33 +79,19 @@ const CPUID_FIRST: usize = 16;
 const CPUID_ENTRY_LEN: usize = 48;
 const AT_EBX: usize = 28;
 const AT_ECX: usize = 32;
-/// EBX: SNP page validation is coherent without help (CVE-2025-38560).
-const COHERENT: u32 = 1 << 31;
 
-/// What the shim needs to know of the processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Processor {
-    /// Whether validated pages must be touched to evict stale cache lines (CVE-2025-38560).
-    pub touch: bool,
-    /// Whether SHA instructions exist.
-    pub sha: bool,
-}
-
-/// Checks the CPUID page, which firmware has vetted but the host has composed.
+/// Checks the CPUID page, which firmware has vetted but the host has composed; whether SHA instructions exist.
 ///
 /// # Errors
 /// [`Reason::CpuidPage`] when it names another C-bit or does not describe memory encryption.
-pub fn check_cpuid(page: &[u8]) -> Result<Processor, Reason> {
+pub fn check_cpuid(page: &[u8]) -> Result<bool, Reason> {
     let encryption = register(page, LEAF_ENCRYPTION, AT_EBX).ok_or(Reason::CpuidPage)?;
     if 1u64 << (encryption & 0x3f) != C_BIT {
         return Err(Reason::CpuidPage);
     }
     let features = register(page, 1, AT_ECX).unwrap_or(0);
     let more = register(page, 7, AT_EBX).unwrap_or(0);
-    Ok(Processor {
-        touch: encryption & COHERENT == 0,
-        sha: has_sha(features, more),
-    })
+    Ok(has_sha(features, more))
 }
 
 /// Whether SHA and the vector instructions around it exist: `features` is ECX of leaf 1 (SSSE3, SSE4.1),
@@ -222,17 +208,11 @@ mod tests {
     fn the_cpuid_page_must_name_the_c_bit_of_the_tables() {
         assert_eq!(
             check_cpuid(&cpuid_page(&[(0, 0), (0x8000_001f, 51 | 1 << 6)])),
-            Ok(Processor {
-                touch: true,
-                sha: false
-            })
+            Ok(false)
         );
         assert_eq!(
             check_cpuid(&cpuid_page(&[(0x8000_001f, 51 | 1 << 31)])),
-            Ok(Processor {
-                touch: false,
-                sha: false
-            })
+            Ok(false)
         );
         let bad: [&[(u32, u32)]; 3] = [&[], &[(0x8000_001e, 51)], &[(0x8000_001f, 47)]];
         for entries in bad {

@@ -37,7 +37,7 @@ pub enum Kind {
     Firmware = 4,
 }
 
-/// The memory map of machine v1: ascending, with empty ranges.
+/// The memory map of a machine: ascending, with empty ranges.
 pub type MemoryMap = [(Range<u64>, Kind); 9];
 
 /// The memory map for `ram`. On TDX the wake-up mailbox and the reset page stay what they are, for good.

@@ -6,7 +6,7 @@ use std::fmt;
 
 use arch::x86::cpuid::{CpuidEntry, CpuidTable};
 
-/// Width of guest-physical addresses of machine v1 as a TD; the top bit makes an address shared.
+/// Width of guest-physical addresses of every machine as a TD; the top bit makes an address shared.
 pub const GPAW: u32 = 48;
 
 const FEATURES: u32 = 1;
@@ -182,7 +182,7 @@ pub fn differences(wanted: &CpuidTable, effective: &CpuidTable) -> Vec<Conflict>
     found
 }
 
-/// What machine v1 cannot do without: long mode, and what the boot page tables use.
+/// What no machine can do without: long mode, and what the boot page tables use.
 pub fn needed() -> CpuidTable {
     CpuidTable(vec![CpuidEntry {
         leaf: EXTENDED,

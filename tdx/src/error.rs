@@ -124,13 +124,13 @@ pub enum TdxError {
     Attributes(#[from] BadAttributes),
     /// The TD would not see the CPUID that it needs.
     #[error(
-        "this host's TDX module shows TDs a CPUID that machine v1 cannot have: {}; update the TDX module and the kernel",
+        "this host's TDX module shows TDs a CPUID that no machine can have: {}; update the TDX module and the kernel",
         Conflict::list(.0)
     )]
     Cpuid(Vec<Conflict>),
     /// The host has no TDs with the width of guest-physical addresses that the machine has.
     #[error(
-        "the TD has guest-physical addresses of {found} bits, but machine v1 has {}; report this as a bug in cvmm",
+        "the TD has guest-physical addresses of {found} bits, but machines have {}; report this as a bug in cvmm",
         crate::cpuid::GPAW
     )]
     Gpaw {

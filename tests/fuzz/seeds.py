@@ -233,7 +233,7 @@ def config():
     nets = b'"nets":[{"tap":"tap0"},{"fd":7,"mac":"02:00:00:00:00:0a"},{"passt":"/p","queues":1}]'
     rest = b'"vsock":{"cid":3,"uds":"/v"},"rng":true,"console":"socket=/c"'
     snp = b'"snp":{"policy":"0x30000","host_data":"' + b"00" * 32 + b'","id_block":"ib","id_auth":"ia","certs":"c","debug_swap":true,"secure_tsc":true}'
-    boot = b'"boot":{"kernel":"k","initrd":"i","cmdline":"quiet"},"memory":"512M","cpus":2,"platform":"snp","machine":"v1"'
+    boot = b'"boot":{"kernel":"k","initrd":"i","cmdline":"quiet"},"memory":"512M","cpus":2,"platform":"snp","machine":"v2"'
     notify = b'"notify":{"events":"fd:5","ready_fd":6,"no_reboot":true}'
     devices = b'"devices":{' + b",".join((disks, nets, rest)) + b"}"
     parts = [boot, devices, snp, notify]

@@ -59,7 +59,7 @@ def blob(data):
 
 
 def config(kernel_file, initrd):
-    """The CONFIG page of machine v1 in a TD (shim/src/config.rs)."""
+    """The CONFIG page of a machine in a TD (shim/src/config.rs)."""
     head = b"cvmmcfg1" + struct.pack("<IIIIQQ", 1, 1, 1, 1024, 0, 2**64 - 1)
     head += blob(kernel_file) + blob(initrd) + struct.pack("<I", len(CMDLINE))
     return head.ljust(0x800, b"\0") + CMDLINE.ljust(0x800, b"\0")
@@ -71,9 +71,9 @@ def tables():
     return struct.pack("<Q", 0x10D003).ljust(PAGE, b"\0") + struct.pack("<512Q", *entries)
 
 
-def machine_v1(config_page):
-    """What a TD of machine v1 starts with, by ascending address."""
-    shim = (ROOT / "shim/v1.bin").read_bytes()
+def launched(machine, config_page):
+    """What a TD starts with, by ascending address; every machine has the reset page of v1."""
+    shim = (ROOT / f"shim/{machine}.bin").read_bytes()
     text = shim.ljust(-len(shim) % PAGE + len(shim), b"\0")
     reset = (ROOT / "shim/v1-reset.bin").read_bytes()
     pages = [
@@ -92,16 +92,17 @@ def extended(*events):
 
 
 class Shim(unittest.TestCase):
-    def test_registers_of_machine_v1_follow_from_the_shims_bytes(self):
-        for initrd in (b"", b"an initrd"):
+    def test_registers_follow_from_the_shims_bytes(self):
+        for machine, initrd in (("v1", b""), ("v2", b""), ("v2", b"an initrd")):
             with tempfile.TemporaryDirectory() as folder:
                 flags = ["--platform", "tdx", "--kernel", f"{folder}/kernel", "--cmdline", CMDLINE.decode()]
+                flags += ["--machine", machine]
                 Path(folder, "kernel").write_bytes(kernel())
                 if initrd:
                     Path(folder, "initrd").write_bytes(initrd)
                     flags += ["--initrd", f"{folder}/initrd"]
                 found, double = registers(*flags), registers(*flags, "--two-pass")
-            parts = machine_v1(config(kernel(), initrd))
+            parts = launched(machine, config(kernel(), initrd))
             self.assertEqual(found, dict(
                 MRTD=mrtd.mrtd(parts), RTMR0="0" * 96, RTMR1=extended(blob(kernel()), blob(initrd)),
                 RTMR2=extended(CMDLINE), RTMR3="0" * 96,

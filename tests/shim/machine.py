@@ -1,4 +1,4 @@
-"""A machine around the frozen shim (shim/v1.bin) in a CPU emulator; this one without protection.
+"""A machine around a frozen shim (shim/v2.bin, or that of $MACHINE) in a CPU emulator; this one without protection.
 
 Memory does not exist until the launch places it or the shim makes it usable, so a premature access ends the
 run as it would on hardware. Instructions that the emulator does not know come to `undefined`; RDMSR and
@@ -6,6 +6,7 @@ WRMSR are caught by their addresses.
 """
 
 import hashlib
+import os
 import pathlib
 import struct
 
@@ -31,7 +32,8 @@ from unicorn.x86_const import (
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-IMAGE = (ROOT / "shim/v1.bin").read_bytes()
+MACHINE = os.environ.get("MACHINE", "v2")
+IMAGE = (ROOT / f"shim/{MACHINE}.bin").read_bytes()
 PAGE, UNIT = 0x1000, 0x200000
 STAGING = 0x70_0000_0000
 KERNEL_ENTRY = 0x1000200

@@ -3,7 +3,7 @@
 import unittest
 
 from handover import ACPI, CC_BLOB, NVS, RAM, RESERVED, UNACCEPTED, Handover, u
-from machine import IMAGE, KERNEL_ENTRY, PAGE, UNIT, Machine
+from machine import IMAGE, KERNEL_ENTRY, MACHINE, PAGE, UNIT, Machine
 from sev import GHCB, Snp
 from td import Td
 
@@ -30,7 +30,8 @@ class Boots(unittest.TestCase):
                 body = machine.kernel[4 * 512 :]
                 self.assertEqual(machine.read(0x1000000, len(body)), body)
                 self.assertEqual(found.initrd, machine.initrd)
-                self.assertEqual(found.cmdline, machine.cmdline + b" efi=noruntime")
+                words = machine.cmdline, b"efi=noruntime"
+                self.assertEqual(found.cmdline, b" ".join(words if MACHINE == "v1" else reversed(words)))
                 self.assertEqual(found.page[0x1F1:0x210], machine.kernel[0x1F1:0x210])
                 self.assertEqual((found.page[0x210], found.page[0x211] & 1), (0xFF, 1))
 

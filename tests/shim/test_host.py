@@ -2,7 +2,7 @@
 
 import unittest
 
-from machine import PAGE, UNIT, Machine
+from machine import MACHINE, PAGE, UNIT, Machine
 from sev import Snp
 from td import Td
 from test_refuse import Refusals
@@ -50,20 +50,23 @@ class StaleCacheLines(unittest.TestCase):
         self.assertTrue(machine.run().ended)
         return machine
 
-    def test_each_small_page_is_touched_at_both_ends_before_the_next(self):
-        for gpa, size, read in self.booted(c_bit=VULNERABLE, large_pages=False).pieces:
-            self.assertEqual(size, PAGE)
-            self.assertLessEqual(ends(gpa, size), read, f"{gpa:#x}")
-
-    def test_each_page_of_a_large_one_is_touched_at_both_ends(self):
-        """As Linux does after PVALIDATE of 2 MiB (arch/x86/coco/sev/core.c, pvalidate_pages)."""
-        for gpa, size, read in self.booted(c_bit=VULNERABLE).pieces:
+    def touched(self, **changes):
+        for gpa, size, read in self.booted(**changes).pieces:
             self.assertEqual(len(ends(gpa, size) - read), 0, f"{size:#x} bytes at {gpa:#x}")
 
-    def test_a_processor_that_needs_no_help_gets_none(self):
-        pieces = self.booted(c_bit=COHERENT, large_pages=False).pieces
-        untouched = [gpa for gpa, size, read in pieces if not read & ends(gpa, size)]
-        self.assertGreater(len(untouched), len(pieces) - 4, "all but those that are used at once")
+    def test_each_small_page_is_touched_at_both_ends_before_the_next(self):
+        self.touched(c_bit=VULNERABLE, large_pages=False)
+
+    @unittest.skipIf(MACHINE == "v1", "the finding for which there is v2")
+    def test_each_page_of_a_large_one_is_touched_at_both_ends(self):
+        """As Linux does after PVALIDATE of 2 MiB (arch/x86/coco/sev/core.c, pvalidate_pages)."""
+        self.touched(c_bit=VULNERABLE)
+
+    @unittest.skipIf(MACHINE == "v1", "believes the host")
+    def test_the_host_cannot_say_that_it_is_not_needed(self):
+        """The bit is in the CPUID page, which the host composes."""
+        for large in (False, True):
+            self.touched(c_bit=COHERENT, large_pages=large)
 
 
 class Injected(Refusals):

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The frozen shim in a CPU emulator: what it builds, and what it refuses.
+"""The frozen shims in a CPU emulator: what they build, and what they refuse.
 
-    tests/shim/test_shim.py        needs the Python package `unicorn`; without it, says so and exits 77
+    tests/shim/test_shim.py        the newest one; needs the Python package `unicorn`; without it, says so and exits 77
     tests/shim/test_shim.py NAME   only the tests whose name contains NAME
+    MACHINE=v1 tests/shim/test_shim.py …   the same of an older machine
 """
 
 import pathlib

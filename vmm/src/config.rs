@@ -10,6 +10,7 @@ mod snp;
 mod tdx;
 mod text;
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -54,7 +55,7 @@ pub struct Config {
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformName>,
-    /// Version of the virtual machine's layout, part of what is measured [default: v1]
+    /// Version of the virtual machine's layout, part of what is measured [default: v2]
     #[arg(long, value_name = "VERSION", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineVersion>,
@@ -205,11 +206,23 @@ pub enum PlatformName {
 }
 
 /// Frozen layouts of the virtual machine.
-#[derive(ValueEnum, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(ValueEnum, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineVersion {
-    /// The first and only one
+    /// The first one; its shim does not keep a host's cache lines out of pages of 2 MiB (CVE-2025-38560)
     V1,
+    /// The newest one
+    #[default]
+    V2,
+}
+
+impl fmt::Display for MachineVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
 }
 
 /// A configuration file that cannot be used.
@@ -347,7 +360,7 @@ impl Config {
             memory: Some(Size(512 << 20)),
             cpus: Some(1),
             platform: Some(PlatformName::Auto),
-            machine: Some(MachineVersion::V1),
+            machine: Some(MachineVersion::default()),
             devices: Devices {
                 console: Some(Console::Stdio),
                 ..Devices::default()

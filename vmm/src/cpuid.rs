@@ -1,4 +1,4 @@
-//! CPUID policy of machine v1: what KVM offers, minus what this machine does not have, plus topology.
+//! CPUID policy of every machine version: what KVM offers, minus what this machine does not have, plus topology.
 
 use arch::x86::cpuid::{CpuidEntry, CpuidTable};
 
@@ -26,7 +26,7 @@ fn id_bits(cpus: u32) -> u32 {
 
 /// The table for vCPU 0 of a machine with `cpus` vCPUs, from what KVM supports: one package, one thread per
 /// core, no performance counters, no MONITOR.
-pub fn machine_v1(mut table: CpuidTable, cpus: u32) -> CpuidTable {
+pub fn adapt(mut table: CpuidTable, cpus: u32) -> CpuidTable {
     for entry in table.leaf_mut(1) {
         entry.ecx = entry.ecx & !ECX_MONITOR | ECX_X2APIC | ECX_HYPERVISOR | ECX_TSC_DEADLINE;
         entry.ebx = entry.ebx & 0xff00_ffff | cpus.min(255) << 16;
@@ -96,7 +96,7 @@ mod tests {
                 ..Default::default()
             },
         ]);
-        let table = machine_v1(host, 6).for_vcpu(5);
+        let table = adapt(host, 6).for_vcpu(5);
         let one = table.get(1, 0).unwrap();
         assert_eq!(
             (one.ebx, one.ecx & ECX_MONITOR, one.edx & EDX_HTT),

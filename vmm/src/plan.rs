@@ -1,4 +1,4 @@
-//! The launch plan of machine v1: the measured shim, its tables and parameters, and the vCPUs' first state.
+//! The launch plan of a machine: the measured shim, its tables and parameters, and the vCPUs' first state.
 //!
 //! Built from the same arguments by `cvmm run`, which applies it, and by `cvmm measure`, which folds it.
 
@@ -15,14 +15,21 @@ pub use shim::boot::Mode;
 use shim::config::{Blob, Config, ConfigError};
 use shim::layout;
 
+use crate::config::MachineVersion;
 use crate::spec::file::InputFile;
 use crate::spec::payload;
 
-/// The shim of machine v1; its bytes are the measurement. `scripts/shim --check` rebuilds and compares them.
-pub const SHIM_V1: &[u8] = include_bytes!("../../shim/v1.bin");
+/// The shim of each machine, all that differs between them; its bytes are the measurement and frozen.
+/// `scripts/shim --check` rebuilds and compares the newest one.
+fn shim_image(machine: MachineVersion) -> &'static [u8] {
+    match machine {
+        MachineVersion::V1 => include_bytes!("../../shim/v1.bin"),
+        MachineVersion::V2 => include_bytes!("../../shim/v2.bin"),
+    }
+}
 
-/// The page of the reset vector, which a TD is launched with at [`layout::RESET_PAGE`]; built and checked with it.
-pub const RESET_V1: &[u8] = include_bytes!("../../shim/v1-reset.bin");
+/// The page of the reset vector, which every TD is launched with at [`layout::RESET_PAGE`]; checked with the shim.
+const RESET: &[u8] = include_bytes!("../../shim/v1-reset.bin");
 
 /// [`layout::PAGE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
@@ -35,6 +42,8 @@ const SMALL_TABLE_GIBS: [u64; 8] = [0, 1, 2, 3, 448, 449, 450, 451];
 /// What the owner fixes.
 #[derive(Clone, Debug)]
 pub struct Payload {
+    /// Version of the machine that boots it.
+    pub machine: MachineVersion,
     /// The kernel file.
     pub kernel: Blob,
     /// The initrd; length 0 if there is none.
@@ -116,13 +125,14 @@ impl Payload {
     ///
     /// # Errors
     /// Reading fails.
-    pub fn of(files: &payload::Payload) -> Result<Self, ReadError> {
+    pub fn of(machine: MachineVersion, files: &payload::Payload) -> Result<Self, ReadError> {
         const NO_FILE: Blob = Blob {
             len: 0,
             sha256: [0; 32],
         };
         let (kernel, initrd) = blobs(&files.kernel, files.initrd.as_ref())?;
         Ok(Self {
+            machine,
             kernel,
             initrd: initrd.unwrap_or(NO_FILE),
             cmdline: files.cmdline.clone(),
@@ -130,11 +140,11 @@ impl Payload {
     }
 }
 
-/// The launch plan for `cpus` vCPUs. Page order is measurement order and part of machine v1.
+/// The launch plan for `cpus` vCPUs. Page order is measurement order and frozen, as all of it is.
 ///
 /// # Errors
 /// See [`PlanError`].
-pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan, PlanError> {
+pub fn launch_plan(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan, PlanError> {
     let config = Config {
         flags: match mode {
             Mode::Soft => 0,
@@ -146,8 +156,8 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
         max_vcpus: layout::VCPUS_MAX,
         cmdline: payload.cmdline.as_bytes(),
     };
-    let mut text = SHIM_V1.to_vec();
-    text.resize(SHIM_V1.len().next_multiple_of(PAGE_LEN), 0);
+    let mut text = shim_image(payload.machine).to_vec();
+    text.resize(text.len().next_multiple_of(PAGE_LEN), 0);
     let mut pages = vec![
         page("shim", layout::TEXT, PageKind::Measured, text)?,
         page(
@@ -178,7 +188,7 @@ pub fn machine_v1(mode: Mode, payload: &Payload, cpus: u32) -> Result<LaunchPlan
             "reset vector",
             layout::RESET_PAGE,
             PageKind::Measured,
-            RESET_V1.to_vec(),
+            RESET.to_vec(),
         )?);
     }
     let vcpus = (0..cpus).map(|index| boot_state(mode, index)).collect();

@@ -176,7 +176,7 @@ impl GuestRam {
     }
 }
 
-/// The RAM ranges of machine v1 for `bytes` of memory: below 3 GiB, the rest from 4 GiB.
+/// The RAM ranges of a machine with `bytes` of memory: below 3 GiB, the rest from 4 GiB.
 ///
 /// # Errors
 /// `bytes` is no multiple of the page size.

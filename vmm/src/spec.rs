@@ -30,7 +30,7 @@ use snp::{SnpOptionError, SnpSpec};
 use socket::SocketError;
 use tdx::{TdxOptionError, TdxSpec};
 
-use crate::config::{Config, Console, Devices, PlatformName, Size, Vsock};
+use crate::config::{Config, Console, Devices, MachineVersion, PlatformName, Size, Vsock};
 use crate::ending::ExitClass;
 use crate::sandbox::Plan;
 
@@ -43,6 +43,8 @@ pub struct MachineSpec(Parts);
 pub struct Parts {
     /// What protects the guest, once `auto` is decided.
     pub platform: PlatformSpec,
+    /// Frozen layout that it has.
+    pub machine: MachineVersion,
     /// Guest memory: a multiple of 2 MiB, 64 MiB to 440 GiB.
     pub memory_bytes: u64,
     /// Processors, 1 to 256 and no more than KVM can have.
@@ -162,7 +164,7 @@ pub enum SpecError {
         path: String,
     },
     /// More devices than the PCI bus has slots.
-    #[error("{devices} devices are more than the {MOST_DEVICES} of machine v1; remove some")]
+    #[error("{devices} devices are more than the {MOST_DEVICES} of a machine; remove some")]
     Devices {
         /// Devices asked for.
         devices: usize,
@@ -204,12 +206,14 @@ impl MachineSpec {
         let most_cpus = facts.kvm.as_ref().map_or(u32::MAX, |kvm| kvm.max_vcpus);
         let cpus = size::check_cpus(config.cpus.unwrap_or(0), most_cpus)?;
         let payload = Payload::check(&config.boot, memory)?;
+        let machine = config.machine.unwrap_or_default();
         let devices = CheckedDevices::check(&config.devices)?;
         let confine = confine::check(&config)?;
         facts.require_kvm()?;
         let platform = resolve_platform(&config, facts)?;
         Ok(Self(Parts {
             platform,
+            machine,
             memory_bytes,
             cpus,
             payload,

@@ -1,5 +1,5 @@
 //! The instructions of the shim: memory by address, PVALIDATE, the GHCB, exceptions, the jump.
-// UNSAFETY: raw memory at the fixed addresses of machine v1 and privileged instructions.
+// UNSAFETY: raw memory at the fixed addresses of the machine and privileged instructions.
 #![expect(unsafe_code, reason = "raw memory and privileged instructions")]
 
 use core::arch::asm;
@@ -16,7 +16,7 @@ use shim::layout::{
 use shim::reason::Reason;
 use shim::sha256::{Compress, Plain, compress_by_instructions};
 use shim::sha384::Digest;
-use shim::snp::{self, Processor};
+use shim::snp;
 use shim::tdx::{self, Accepted};
 
 use crate::td;
@@ -27,13 +27,14 @@ const MSR_SEV_STATUS: u32 = 0xc001_0131;
 /// The machine under the shim; there is one, so what it lends out is lent once.
 pub(crate) struct Platform {
     mode: Mode,
-    processor: Processor,
+    /// Whether the processor has SHA instructions.
+    sha: bool,
 }
 
 impl Platform {
     /// The machine that the shim was entered on.
     pub(crate) fn new(mode: Mode) -> Result<Self, Reason> {
-        let processor = match mode {
+        let sha = match mode {
             Mode::Snp => Platform::snp()?,
             Mode::Soft | Mode::Tdx => {
                 if mode == Mode::Tdx {
@@ -41,50 +42,34 @@ impl Platform {
                     tdx::check_info(width, attributes)?;
                 }
                 // Neither traps here, nor is it the host's invention.
-                let sha = snp::has_sha(__cpuid(1).ecx, __cpuid_count(7, 0).ebx);
-                Processor { touch: false, sha }
+                snp::has_sha(__cpuid(1).ecx, __cpuid_count(7, 0).ebx)
             }
         };
-        Ok(Platform { mode, processor })
+        Ok(Platform { mode, sha })
     }
 
-    /// An SNP guest: checks processor, CPUID page and hypervisor, and registers the GHCB.
-    fn snp() -> Result<Processor, Reason> {
+    /// An SNP guest: checks processor, CPUID page and hypervisor, and registers the GHCB; whether the processor has
+    /// SHA instructions.
+    fn snp() -> Result<bool, Reason> {
         snp::check_sev_status(rdmsr(MSR_SEV_STATUS))?;
         // SAFETY: the launch placed the page, nobody writes it while the shim runs.
-        let processor = snp::check_cpuid(unsafe { page(CPUID) })?;
+        let sha = snp::check_cpuid(unsafe { page(CPUID) })?;
         snp::check_sev_info(call_by_msr(snp::MSR_SEV_INFO))?;
         snp::check_features(call_by_msr(snp::MSR_FEATURES))?;
         snp::check_register(STAGING_GHCB, call_by_msr(snp::msr_register(STAGING_GHCB)))?;
-        Ok(processor)
+        Ok(sha)
     }
 
     /// Makes the 4 KiB or (`large`) 2 MiB page at `gpa` usable; false when it consists of smaller ones.
     fn validate_page(&self, gpa: u64, large: bool) -> Result<bool, Reason> {
         match self.mode {
             Mode::Soft => Ok(true),
-            Mode::Snp => self.pvalidate_page(gpa, large),
+            Mode::Snp => pvalidate_page(gpa, large),
             Mode::Tdx => match tdx::accept(|| td::accept_page(gpa, large))? {
                 Accepted::Done => Ok(true),
                 Accepted::Smaller => Ok(false),
             },
         }
-    }
-
-    fn pvalidate_page(&self, gpa: u64, large: bool) -> Result<bool, Reason> {
-        match pvalidate(gpa, large) {
-            (0, true) => Ok(()),
-            (0, false) => Err(Reason::DoubleValidation),
-            (snp::PVALIDATE_SIZE_MISMATCH, _) if large => return Ok(false),
-            _ => Err(Reason::Pvalidate),
-        }?;
-        if self.processor.touch && !large {
-            for at in [gpa, gpa.wrapping_add(PAGE - 1)] {
-                // SAFETY: the page was validated above and is identity-mapped; the value is not used.
-                unsafe { pointer(at).read_volatile() };
-            }
-        }
-        Ok(true)
     }
 }
 
@@ -139,9 +124,7 @@ impl Machine for Platform {
     }
 
     fn compress(&self) -> impl Compress + use<> {
-        Hash {
-            sha: self.processor.sha,
-        }
+        Hash { sha: self.sha }
     }
 
     fn extend(&mut self, register: u8, digest: &Digest) -> Result<(), Reason> {
@@ -335,6 +318,34 @@ fn pvalidate(gpa: u64, large: bool) -> (u32, bool) {
             in("ecx") u32::from(large), in("edx") 1, options(nostack));
     }
     (low(code), unchanged == 0)
+}
+
+/// [`pvalidate`] of a page that must not be valid yet, and [`touch`]; false when a large one consists of smaller ones.
+fn pvalidate_page(gpa: u64, large: bool) -> Result<bool, Reason> {
+    match pvalidate(gpa, large) {
+        (0, true) => touch(gpa, if large { UNIT } else { PAGE }),
+        (0, false) => return Err(Reason::DoubleValidation),
+        (snp::PVALIDATE_SIZE_MISMATCH, _) if large => return Ok(false),
+        _ => return Err(Reason::Pvalidate),
+    }
+    Ok(true)
+}
+
+/// Reads the first and the last byte of each of the 4 KiB pages at `gpa`, `len` bytes, which were validated just now. The
+/// host may have left cache lines of them, to be written over what the guest puts there; a page's lines are gone once
+/// both its ends were read by the guest's key (CVE-2025-38560; Linux, `asm/sev.h`, `sev_evict_cache`). Linux asks
+/// CPUID leaf 0x8000001f, EBX bit 31, whether the processor needs this; here it is done always, because the answer is
+/// in a page that the host composes.
+fn touch(gpa: u64, len: u64) {
+    let mut at = gpa;
+    let end = gpa.wrapping_add(len);
+    while at < end {
+        for byte in [at, at.wrapping_add(PAGE - 1)] {
+            // SAFETY: the page is validated and identity-mapped, and nobody writes it yet; the value is not used.
+            unsafe { pointer(byte).read_volatile() };
+        }
+        at = at.wrapping_add(PAGE);
+    }
 }
 
 /// The lower half of a register.

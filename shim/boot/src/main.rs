@@ -1,4 +1,4 @@
-//! The measured boot shim of machine v1.
+//! The measured boot shim of machine v2.
 //!
 //! `hw` holds every instruction that is not plain Rust; what to do stands in the `shim` library.
 #![no_std]

@@ -384,7 +384,7 @@ fn a_td_that_would_differ_from_the_machine_is_not_launched() {
         .for_each(|e| e.eax = 52 << 16);
     let error = launch(&mut narrow, &[], 1).unwrap_err();
     assert!(
-        error.to_string().contains("52 bits, but machine v1 has 48"),
+        error.to_string().contains("52 bits, but machines have 48"),
         "{error}"
     );
 

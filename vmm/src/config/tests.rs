@@ -81,7 +81,7 @@ fn flags_are_laid_over_the_file() {
 
 #[test]
 fn an_empty_configuration_means_the_defaults() {
-    let defaults = "--cmdline console=ttyS0 --memory 512M --cpus 1 --platform auto --machine v1 --console stdio --sandbox on";
+    let defaults = "--cmdline console=ttyS0 --memory 512M --cpus 1 --platform auto --machine v2 --console stdio --sandbox on";
     assert_eq!(Config::default().with_defaults(), parse(defaults).unwrap());
     assert_eq!(from_json("{}"), Ok(Config::default()));
 }
@@ -120,7 +120,7 @@ fn unknown_and_malformed_json_is_refused() {
         (r#"{"notify": {"fd": 1}}"#, "unknown field `fd`"),
         (r#"{"memory": true}"#, "a size must be a number of bytes or text"),
         (r#"{"platform": "sev"}"#, "unknown variant `sev`"),
-        (r#"{"machine": "v2"}"#, "unknown variant `v2`"),
+        (r#"{"machine": "v3"}"#, "unknown variant `v3`"),
         (r#"{"cpus": -1}"#, "invalid value"),
         ("", "EOF"),
         (

@@ -39,7 +39,7 @@ impl Ground {
         let mut table = host
             .supported_cpuid()
             .map_err(RunError::host("asking KVM for CPUID"))?;
-        table = cpuid::machine_v1(table, cpus);
+        table = cpuid::adapt(table, cpus);
         platform.adapt_cpuid(&mut table);
         let vm = Vm::create(host, platform.vm_type()).map_err(RunError::host("creating the VM"))?;
         let vm = Arc::new(vm);

@@ -33,7 +33,7 @@ pub fn run(spec: MachineSpec, events: Events, mut signals: Signals) -> Result<En
     raise_descriptor_limit();
     let parts = spec.into_parts();
     let host = Host::open(Path::new("/dev/kvm")).map_err(RunError::host("opening /dev/kvm"))?;
-    let payload = Payload::of(&parts.payload)
+    let payload = Payload::of(parts.machine, &parts.payload)
         .map_err(|e| RunError::host(format!("reading {}", e.path.display()))(e.source))?;
     let vsock = parts.devices.vsock.as_ref().map(open_vsock).transpose()?;
     // From here on every life of the machine is built under the same rules, the first and those after a reboot.

@@ -47,7 +47,7 @@ pub(super) fn live(world: &mut World<'_>) -> Result<Ending, RunError> {
     let ground = Ground::lay(world.host, platform.as_ref(), parts.memory_bytes, parts.cpus)?;
     let launch = platform.begin(ground.foundation())?;
     let mut vcpus = ground.vcpus(parts.cpus)?;
-    let mut plan = plan::machine_v1(platform::mode(&parts.platform), world.payload, parts.cpus)
+    let mut plan = plan::launch_plan(platform::mode(&parts.platform), world.payload, parts.cpus)
         .map_err(|e| RunError::Internal(e.to_string()))?;
     let predicted =
         platform::predict(&parts.platform, &plan).map_err(|e| RunError::Internal(e.to_string()))?;

@@ -10,7 +10,7 @@ use snp::measure::{self, MeasureError, PageType};
 
 use super::launch::{Launch, Source};
 use super::ovmf;
-use crate::config::{self, PlatformName};
+use crate::config::{self, MachineVersion, PlatformName};
 use crate::hex::Hex;
 
 /// Version of the JSON format; a field that changes its meaning makes it 2.
@@ -40,6 +40,7 @@ struct Answer<'a> {
 #[serde(tag = "payload", rename_all = "lowercase")]
 enum What<'a> {
     Shim {
+        machine: MachineVersion,
         kernel: Option<File<'a>>,
         #[serde(skip_serializing_if = "Option::is_none")]
         initrd: Option<File<'a>>,
@@ -96,6 +97,7 @@ fn what(launch: &Launch) -> What<'_> {
     let boot = &launch.config.boot;
     match &launch.source {
         Source::Shim(payload) => What::Shim {
+            machine: payload.machine,
             kernel: boot.kernel.as_deref().map(|path| File::of(path, &payload.kernel)),
             initrd: boot.initrd.as_deref().map(|path| File::of(path, &payload.initrd)),
             cmdline: &payload.cmdline,

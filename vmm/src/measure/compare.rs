@@ -36,6 +36,7 @@ pub(super) fn compare(flags: &Subject, left: &Path, right: &Path) -> Result<(Str
     };
     let _ = writeln!(text, "{difference}");
     if let (Source::Shim(l), Source::Shim(r)) = (&l.source, &r.source) {
+        differ(&mut text, "machine", l.machine, r.machine);
         differ(&mut text, "kernel", Shown(&l.kernel), Shown(&r.kernel));
         differ(&mut text, "initrd", Shown(&l.initrd), Shown(&r.initrd));
         differ(&mut text, "cmdline", &l.cmdline, &r.cmdline);

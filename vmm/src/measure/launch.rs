@@ -79,9 +79,9 @@ impl Launch {
         }
         // The digest depends on no memory size, so only what fits no guest at all is refused.
         let files = payload::Payload::check(&config.boot, Size(u64::MAX))?;
-        let payload = Payload::of(&files)?;
+        let payload = Payload::of(config.machine.unwrap_or_default(), &files)?;
         Ok(Self {
-            plan: plan::machine_v1(mode, &payload, cpus)?,
+            plan: plan::launch_plan(mode, &payload, cpus)?,
             features: wished,
             policy,
             config,

@@ -20,7 +20,7 @@ use super::answer::{File, SCHEMA};
 use super::compare::{Shown, differ};
 use super::ovmf::IMAGE_MAX;
 use super::{Subject, Unpredictable, size};
-use crate::config::{Boot, Config, PlatformName, Size};
+use crate::config::{Boot, Config, MachineVersion, PlatformName, Size};
 use crate::hex::Hex;
 use crate::plan::{self, Mode, Payload};
 use crate::spec::file::InputFile;
@@ -74,8 +74,8 @@ impl Td {
             });
         }
         let files = payload::Payload::check(&config.boot, Size(u64::MAX))?;
-        let payload = Payload::of(&files)?;
-        let plan = plan::machine_v1(Mode::Tdx, &payload, cpus)?;
+        let payload = Payload::of(config.machine.unwrap_or_default(), &files)?;
+        let plan = plan::launch_plan(Mode::Tdx, &payload, cpus)?;
         let events = boot_events(&plan)?;
         Ok(Self {
             plan,
@@ -209,6 +209,7 @@ struct Answer<'a> {
 #[serde(tag = "payload", rename_all = "lowercase")]
 enum What<'a> {
     Shim {
+        machine: MachineVersion,
         kernel: Option<File<'a>>,
         #[serde(skip_serializing_if = "Option::is_none")]
         initrd: Option<File<'a>>,
@@ -270,6 +271,7 @@ pub(super) fn json(td: &Td, explained: bool) -> Result<String, MeasureError> {
             let kernel = td.boot.kernel.as_deref();
             let initrd = td.boot.initrd.as_deref();
             let what = What::Shim {
+                machine: payload.machine,
                 kernel: kernel.map(|path| File::of(path, &payload.kernel)),
                 initrd: initrd.map(|path| File::of(path, &payload.initrd)),
                 cmdline: &payload.cmdline,
@@ -316,6 +318,7 @@ pub(super) fn compare(left: (&Td, &Path), right: (&Td, &Path)) -> Result<(String
     };
     let _ = writeln!(text, "{difference}");
     if let (Source::Shim(l, _), Source::Shim(r, _)) = (&l.source, &r.source) {
+        differ(&mut text, "machine", l.machine, r.machine);
         differ(&mut text, "kernel", Shown(&l.kernel), Shown(&r.kernel));
         differ(&mut text, "initrd", Shown(&l.initrd), Shown(&r.initrd));
         differ(&mut text, "cmdline", &l.cmdline, &r.cmdline);

@@ -14,7 +14,7 @@ pub enum SizeError {
         given: Size,
     },
     /// More memory than the machine's layout has room for.
-    #[error("memory: {given} is more than the 440G of machine v1; give --memory 440G or less")]
+    #[error("memory: {given} is more than the 440G of a machine; give --memory 440G or less")]
     MuchMemory {
         /// Memory asked for.
         given: Size,

@@ -226,6 +226,6 @@ fn too_many_devices() {
     let image = place.sized("image", 512);
     let mut config = place.config();
     config.devices.disks = vec![disk(&image, true); 32];
-    let message = "32 devices are more than the 31 of machine v1; remove some";
+    let message = "32 devices are more than the 31 of a machine; remove some";
     assert_eq!(place.refuse(config), (message.to_owned(), 2));
 }

@@ -119,7 +119,7 @@ fn memory_and_cpus() {
         ),
         (
             441 << 30,
-            "memory: 441G is more than the 440G of machine v1; give --memory 440G or less",
+            "memory: 441G is more than the 440G of a machine; give --memory 440G or less",
         ),
     ];
     for (bytes, message) in cases {
