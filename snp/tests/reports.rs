@@ -461,6 +461,26 @@ fn a_revoked_key_is_refused_by_a_list_that_is_the_roots_and_in_time() {
     assert_eq!(none, CertificateError::UnreadableList);
 }
 
+/// Lists as another program writes them, signed with RSA as AMD's are.
+#[test]
+fn lists_of_openssl_are_read() {
+    let file = |name: &str| std::fs::read(format!("tests/recorded/revoked/{name}")).unwrap();
+    let roots = Roots::only(&file("ark.der")).unwrap();
+    let chain = Chain::find(&file("signer.der"), Some(&file("ask.der")), &roots).unwrap();
+    let report = Report::parse(&report(|_| {})).unwrap();
+    let failures = |list| {
+        let chain = chain.clone().with_revoked(&file(list)).unwrap();
+        let found = check(&report, &chain, &Expected::default(), at(1_800_000_000));
+        let of_list = |f: &Failure| matches!(f, Failure::CertificateRevoked(_) | Failure::RevocationList(_));
+        found.into_iter().filter(of_list).collect::<Vec<_>>()
+    };
+    assert_eq!(failures("nobody.crl"), []);
+    assert_eq!(
+        failures("ask.crl.pem"),
+        [Failure::CertificateRevoked(Link::Intermediate)]
+    );
+}
+
 #[test]
 fn only_the_pinned_root_is_trusted() {
     let (vcek, ask) = (vcek(|_| {}), ask(|_| {}));

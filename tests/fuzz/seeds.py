@@ -195,7 +195,11 @@ def report():
     recorded = ROOT / "snp/tests/recorded/report"
     milan = (recorded / "milan.bin").read_bytes()
     ask, ark = ((ROOT / "snp/src/report/roots" / name).read_bytes() for name in ("ask-milan.der", "ark-milan.der"))
-    return [milan, milan + (recorded / "vcek-milan.der").read_bytes(), milan + (recorded / "vcek-turin.der").read_bytes(), milan + ask + ark]
+    lists = [path.read_bytes() for path in sorted((ROOT / "snp/tests/recorded/revoked").glob("*.crl*"))]
+    return [
+        milan, milan + (recorded / "vcek-milan.der").read_bytes(), milan + (recorded / "vcek-turin.der").read_bytes(), milan + ask + ark,
+        *(milan + each for each in lists),
+    ]
 
 
 def id_block():

@@ -104,7 +104,10 @@ pub fn ovmf(data: &[u8]) {
     }
 }
 
-/// A report with a certificate that is to have signed it.
+/// A real certificate, which leads to a real root.
+const VCEK: &[u8] = include_bytes!("../../../snp/tests/recorded/report/vcek-milan.der");
+
+/// A report with a certificate that is to have signed it, or a list of revoked ones.
 pub fn report(data: &[u8]) {
     let mut input = Input::new(data);
     let raw = input.take(REPORT_BYTES);
@@ -113,6 +116,14 @@ pub fn report(data: &[u8]) {
     let _ = report.reported_tcb().parts(report.tcb_layout());
     assert_eq!(report.bytes().as_slice(), raw);
     let rest = input.rest();
+    let real = Chain::find(VCEK, None, &Roots::amd()).unwrap();
+    if let Ok(chain) = real.with_revoked(rest) {
+        let now = std::time::SystemTime::now();
+        assert!(
+            !check(&report, &chain, &Expected::default(), now).is_empty(),
+            "AMD did not sign the list"
+        );
+    }
     let (signer, intermediate) = rest.split_at(rest.len() / 2);
     let own = Roots::only(signer).into_iter();
     for roots in std::iter::once(Roots::amd()).chain(own) {
