@@ -107,6 +107,26 @@ fn a_change_of_any_byte_of_the_collateral_is_refused() {
     }
 }
 
+/// Whoever hands out collateral could else write over what a terminal says of the quote.
+#[test]
+fn words_of_the_collateral_stay_on_their_line() {
+    let text = std::str::from_utf8(V4_COLLATERAL).unwrap();
+    let status = r#"tcbStatus\":\"UpToDate"#;
+    assert!(text.contains(status));
+    let hostile = text.replacen(status, r#"tcbStatus\":\"\\u001b[2J\\nok \\u202e"#, 1);
+    let fault = verify(V4, &collateral(hostile.as_bytes()), V4_TIME)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        fault.contains("unknown variant") && fault.contains("[2J"),
+        "{fault:?}"
+    );
+    assert!(
+        fault.chars().all(|c| c == ' ' || c.is_ascii_graphic()),
+        "{fault:?}"
+    );
+}
+
 #[test]
 fn what_is_no_collateral_is_named() {
     for json in [&b""[..], b"{}", b"[]", &V4_COLLATERAL[..100]] {

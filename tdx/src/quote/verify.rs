@@ -65,9 +65,15 @@ pub fn verify(quote: &Quote, collateral: &Collateral, at: u64) -> Result<TcbLeve
         }),
         Err(e) => Err(ChainFault(match e.downcast_ref() {
             Some(fault) => certificate_fault(fault),
-            None => format!("{e:#}"),
+            None => on_a_line(&format!("{e:#}")),
         })),
     }
+}
+
+/// Text that may repeat words of the collateral, which whoever hands it out can choose, as plain ASCII without controls.
+fn on_a_line(text: &str) -> String {
+    let plain = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
+    text.chars().map(plain).collect()
 }
 
 /// What is wrong with a certificate or a revocation list. `webpki` has no words for it, only the names of its own types.
