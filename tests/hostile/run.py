@@ -95,6 +95,14 @@ def play(start, words, lives=40):
     raise AssertionError(f"more than {lives} machines died")
 
 
+def gaps(results, only=""):
+    """What a machine with all devices has not played of the cases that `only` names, or of all."""
+    missing = set(filter(None, only.split(","))) - {outcome.case for outcome in results}
+    found = [f"{case}: not played" for case in sorted(missing)]
+    found += [f"{o.case} {o.device}: {o.why}" for o in results if o.why == "no such device"]
+    return found if results else ["nothing was played"]
+
+
 def save(name, results):
     """Keeps a machine's column for --show."""
     VERDICTS.mkdir(parents=True, exist_ok=True)

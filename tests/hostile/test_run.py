@@ -29,6 +29,15 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(found[3], run.Outcome("C01", "blk", "a loop", "Reject", "reset"))
         self.assertEqual(found[4], run.Outcome("C02", "net", "a long chain", "Died", "exit status -6"))
 
+    def test_what_was_not_played_is_no_success(self):
+        played = run.Outcome("C01", "blk", "a loop", "Reject", "")
+        nobody = run.Outcome("C01", "net", "a loop", "Absent", "no such device")
+        other = run.Outcome("C50", "blk", "private", "Absent", "does not apply")
+        self.assertEqual(run.gaps([played, other]), [])
+        self.assertEqual(run.gaps([played, nobody], "C01"), ["C01 net: no such device"])
+        self.assertEqual(run.gaps([played], "C01,C02"), ["C02: not played"])
+        self.assertEqual(run.gaps([]), ["nothing was played"])
+
     def test_a_row_a_case_and_a_word_for_devices_that_agree(self):
         blk, net = (run.Outcome("C01", device, "a loop", verdict, "") for device, verdict in [("blk", "Pass"), ("net", "Died")])
         self.assertIn("C01   a loop               PASS", run.table({"one": [blk]}))

@@ -57,6 +57,7 @@ def hostile_guest(host, only=""):
     cases.save(f"cvmm {platform}", results)
     print(cases.table({f"cvmm {platform}": results}), flush=True)
     bad = [f"{o.case} {o.device}: {o.verdict} {o.why}" for o in results if o.verdict not in cases.GOOD]
+    bad += cases.gaps(results, only)
     assert not bad, "\n".join(bad)
     return _bounded(held)
 
