@@ -146,11 +146,12 @@ class Suite:
                 printed = self._run("apt-get", "download", "--print-uris", package, cwd=work).stdout
                 self._run("apt-get", "download", package, cwd=work)
                 debs = [work / printed.split("'")[2].split()[0]]
-        for deb in debs:
-            done = subprocess.run(["dpkg", "-x", deb, into], stderr=subprocess.PIPE, text=True)
-            if done.returncode != 0:
-                raise RigError(f"cannot unpack {deb.name}: {done.stderr.strip()}")
-            deb.unlink()
+            # Under the lock: another rig may want the same package, and takes the file that is there for its own.
+            for deb in debs:
+                done = subprocess.run(["dpkg", "-x", deb, into], stderr=subprocess.PIPE, text=True)
+                if done.returncode != 0:
+                    raise RigError(f"cannot unpack {deb.name}: {done.stderr.strip()}")
+                deb.unlink()
 
     def fetch_source(self, package, into):
         """Downloads the source archives of package into a folder and gives the upstream tarball's path."""

@@ -188,10 +188,13 @@ def an_interrupted_hardware_check_leaves_nothing_behind(host):
     with tempfile.TemporaryDirectory() as folder:
         command = ["scripts/hardware-check", "soft", "--l1", host.name, "--cvmm", host.binary, "--out", folder]
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert "1 vCPU" in running.stdout.readline()
-        host.shell("until grep -q running /root/hardware-check.*/events; do sleep 0.2; done")
-        running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        try:
+            assert "1 vCPU" in running.stdout.readline()
+            host.shell("until grep -q running /root/hardware-check.*/events; do sleep 0.2; done")
+            running.send_signal(signal.SIGINT)
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
         assert (running.returncode, said) == (130, "hardware-check: interrupted\n"), (running.returncode, said)
         assert not list(Path(folder).iterdir())
     _, left = host.shell("cat /proc/[0-9]*/comm 2>/dev/null | grep cvmm; ls -d /root/hardware-check* 2>/dev/null; true")

@@ -636,6 +636,10 @@ fn mistakes_are_named_with_a_remedy() {
             ovmf(&["text", "--vcpu-type", "Opteron"]),
             "cvmm: vcpu-type Opteron: unknown; give EPYC-v4",
         ),
+        (
+            ovmf(&["text", "--guest-features", "0x1", "--debug-swap"]),
+            "'--guest-features <HEX>' cannot be used with '--debug-swap'",
+        ),
         (vec!["--payload", "ovmf"], "--firmware <PATH>"),
         (
             ovmf(&["text", "--platform", "soft"]),

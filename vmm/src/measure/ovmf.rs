@@ -36,7 +36,7 @@ pub struct Ovmf {
     pub vmm_type: Option<VmmType>,
     /// With a firmware image on SNP: SEV_FEATURES as the host sets them [default: 0x1, and what --debug-swap and
     /// --secure-tsc add]
-    #[arg(long, value_name = "HEX", requires = "firmware")]
+    #[arg(long, value_name = "HEX", requires = "firmware", conflicts_with_all = ["debug_swap", "secure_tsc"])]
     pub guest_features: Option<Number>,
 }
 
