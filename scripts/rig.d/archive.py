@@ -136,11 +136,13 @@ class Suite:
         self.refresh()
         with cache.lock(f"apt-{self.home.name}"):
             if closure:
+                # What an interrupted run has left would not be planned again, and be missing from the folder.
+                for left in (self.home / "archives").glob("*.deb"):
+                    left.unlink()
                 planned = self._run("apt-get", "install", "--print-uris", "-qq", package).stdout
                 names = [Path(uri.split("'")[2].split()[0]).name for uri in planned.splitlines()]
                 self._run("apt-get", "install", "--download-only", "-y", "-qq", package)
                 debs = [self.home / "archives" / name for name in names]
-                debs = debs or sorted((self.home / "archives").glob("*.deb"))
             else:
                 work = self.home / "archives" / "partial"
                 printed = self._run("apt-get", "download", "--print-uris", package, cwd=work).stdout

@@ -12,7 +12,7 @@ use x509_cert::der::{Decode, Encode};
 use x509_cert::ext::pkix::BasicConstraints;
 use x509_cert::spki::AlgorithmIdentifierOwned;
 
-use super::revocation::{List, ListFault};
+use super::revocation::{self, List, ListFault};
 use crate::certs::der;
 use crate::p384::PublicKey;
 use crate::report::TcbParts;
@@ -135,7 +135,7 @@ pub struct Chain {
     signer: Certificate,
     intermediate: Certificate,
     root: Certificate,
-    revoked: Option<List>,
+    list: Option<List>,
 }
 
 impl Chain {
@@ -163,7 +163,7 @@ impl Chain {
             signer,
             intermediate,
             root,
-            revoked: None,
+            list: None,
         })
     }
 
@@ -173,13 +173,13 @@ impl Chain {
     /// No list.
     pub fn with_revoked(self, list: &[u8]) -> Result<Self, CertificateError> {
         let list = List::read(list).ok_or(CertificateError::UnreadableList)?;
-        let revoked = Some(list);
-        Ok(Self { revoked, ..self })
+        let list = Some(list);
+        Ok(Self { list, ..self })
     }
 
     /// True if there is a list of revoked certificates to check against.
     pub fn has_list(&self) -> bool {
-        self.revoked.is_some()
+        self.list.is_some()
     }
 
     /// Everything that is wrong at the time `now`.
@@ -206,16 +206,21 @@ impl Chain {
                 faults.push(Fault::NoAuthority(link));
             }
         }
-        if let Some(list) = &self.revoked {
-            faults.extend(list.faults(&self.root, now).into_iter().map(Fault::List));
-            // The root issued both; the signer, which it did not, has a serial number of its own issuer's.
-            let named = [(Link::Root, &self.root), (Link::Intermediate, &self.intermediate)];
-            let named = named
-                .into_iter()
-                .filter(|(_, certificate)| list.names(certificate));
-            faults.extend(named.map(|(link, _)| Fault::Revoked(link)));
-        }
+        faults.extend(self.revoked(now));
         faults
+    }
+
+    /// What is wrong with the list, and what it or cvmm knows to be revoked.
+    fn revoked(&self, now: Duration) -> Vec<Fault> {
+        let list = self.list.as_ref();
+        let faults = list.map(|list| list.faults(&self.root, now)).unwrap_or_default();
+        // The root issued both; the signer, which it did not, has a serial number of its own issuer's.
+        let named = [(Link::Root, &self.root), (Link::Intermediate, &self.intermediate)];
+        let named = named.into_iter().filter(|(_, certificate)| {
+            list.is_some_and(|list| list.names(certificate)) || revocation::known(&self.root, certificate)
+        });
+        let named = named.map(|(link, _)| Fault::Revoked(link));
+        faults.into_iter().map(Fault::List).chain(named).collect()
     }
 
     /// The key that signs reports; `None` if it is not a P-384 key.
@@ -301,4 +306,49 @@ pub(super) fn signed(signed: &Signed<'_>) -> bool {
 fn authority(certificate: &Certificate) -> bool {
     let constraints = certificate.tbs_certificate().get_extension::<BasicConstraints>();
     constraints.is_ok_and(|found| found.is_some_and(|(_, constraints)| constraints.ca))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A chain whose root and intermediate are built in, but for what `change` does to the intermediate.
+    fn chain(family: usize, change: impl FnOnce(&mut [u8])) -> Chain {
+        let (root, intermediate) = BUILT_IN[family];
+        let mut intermediate = intermediate.to_vec();
+        change(&mut intermediate);
+        Chain {
+            signer: Certificate::from_der(root).unwrap(),
+            intermediate: Certificate::from_der(&intermediate).unwrap(),
+            root: Certificate::from_der(root).unwrap(),
+            list: None,
+        }
+    }
+
+    #[test]
+    fn what_amd_has_revoked_is_known_without_a_list() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_790_000_000);
+        let revoked = |chain: Chain| chain.faults(now).contains(&Fault::Revoked(Link::Intermediate));
+        // The serial number of Genoa's second ASK, and that of the first, which the second took the place of.
+        let (second, first) = ([2, 3, 2, 0, 2], [2, 3, 2, 0, 1]);
+        let at = BUILT_IN[1]
+            .1
+            .windows(5)
+            .position(|bytes| bytes == second)
+            .unwrap();
+        let as_first = |bytes: &mut [u8]| bytes[at..at + 5].copy_from_slice(&first);
+        assert!(revoked(chain(1, as_first)));
+        for family in 0..3 {
+            assert!(!revoked(chain(family, |_| {})), "{family}");
+        }
+        // Serial numbers are each root's own.
+        let milan = BUILT_IN[0]
+            .1
+            .windows(5)
+            .position(|bytes| bytes == [2, 3, 1, 0, 1])
+            .unwrap();
+        assert!(!revoked(
+            chain(0, |bytes| bytes[milan..milan + 5].copy_from_slice(&first))
+        ));
+    }
 }

@@ -11,6 +11,17 @@ use x509_cert::der::{Decode, Encode};
 use super::chain::{Signed, signed};
 use crate::certs::der;
 
+/// A root whose list has named an intermediate key for years, and that certificate's serial number: the first ASK of
+/// Genoa, which another one took the place of in October 2022.
+const REVOKED: (&[u8], [u8; 3]) = (include_bytes!("roots/ark-genoa.der"), [2, 0, 1]);
+
+/// True if AMD is known to have revoked `certificate`, which `root` has issued, without any list.
+pub(super) fn known(root: &Certificate, certificate: &Certificate) -> bool {
+    let (issuer, serial) = REVOKED;
+    certificate.tbs_certificate().serial_number().as_bytes() == serial
+        && root.to_der().is_ok_and(|root| root == issuer)
+}
+
 /// A list that says nothing about the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "Display says it")]
