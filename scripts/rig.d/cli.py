@@ -25,9 +25,10 @@ scripts/rig certs                         the folder of the emulated SNP host's 
                                           vcek.pem) and of the table for its guests (certs.table)
 scripts/rig console|list|down [--name N]  L1's kernel log; the L1s that are up; end one
 
-OPTION: --snp or --tdx (an emulated SEV-SNP or TDX host), --cpus N, --memory MB, --file SRC[:DST], --disk PATH,
---with-qemu (QEMU in L1 as /opt/qemu/run), --append WORDS (for L1's kernel), --timeout S, --env K=V, --stdin, and
---raw (each key goes to COMMAND at once, as a guest's console wants it; Ctrl-] ends).
+OPTION: --snp or --tdx (an emulated SEV-SNP or TDX host), --patched (an ordinary host in the same patched QEMU, in
+which guests of several processors do not hang), --cpus N, --memory MB, --file SRC[:DST], --disk PATH, --with-qemu
+(QEMU in L1 as /opt/qemu/run), --append WORDS (for L1's kernel), --timeout S, --env K=V, --stdin, and --raw (each key
+goes to COMMAND at once, as a guest's console wants it; Ctrl-] ends).
 
 L1 is Debian's newest kernel (--tdx: built from its source) with KVM and busybox. Its console and QEMU's messages
 are in the L1's folder under /tmp/cvmm-rig.UID/NAME. Exit codes: COMMAND's; 124 its time was up; 128 + N signal N; 125 the rig itself.
@@ -44,6 +45,7 @@ def _parser(verb):
     if verb in ("run", "up"):
         parser.add_argument("--snp", dest="kind", action="store_const", const="snp", default="plain")
         parser.add_argument("--tdx", dest="kind", action="store_const", const="tdx")
+        parser.add_argument("--patched", action="store_true", help="the patched QEMU for an ordinary L1 too")
         parser.add_argument("--cpus", type=int, default=1)
         parser.add_argument("--memory", type=int, default=2500, metavar="MB")
         parser.add_argument("--file", action="append", default=[], metavar="SRC[:DST]")
@@ -95,7 +97,9 @@ def _spec(options):
     for disk in options.disk:
         if not Path(disk).exists():
             raise RigError(f"--disk {disk}: no such file")
-    return Spec(options.kind, options.cpus, options.memory, options.with_qemu, options.append, options.disk)
+    return Spec(
+        options.kind, options.cpus, options.memory, options.with_qemu, options.append, options.disk, options.patched,
+    )  # fmt: skip
 
 
 def _pairs(paths):

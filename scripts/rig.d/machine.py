@@ -22,12 +22,13 @@ MAILBOX_BYTES = 4 << 30
 HERE = Path(__file__).parent
 # What L1 loads at boot, in this order; dependencies come by themselves.
 MODULES = "virtio_blk ext4 loop tun bridge configfs ccp kvm kvm-amd".split()
-BASE_CPU = "max,-la57"
-SNP_CPU = (
-    "max,vendor=AuthenticAMD,family=25,model=1,stepping=1,phys-bits=48,-hypervisor,-la57,+svm,+npt,+nrip-save,"
-    "+decodeassists,+flushbyasid,+lbrv,snp-emu=on"
-)
-TDX_CPU = "max,vendor=GenuineIntel,family=6,model=173,stepping=1,phys-bits=48,-hypervisor,-la57,-svm,-mpx,-pks,-pku,tdx-emu=on"
+CPUS = {
+    "plain": "max,-la57",
+    "snp": "max,vendor=AuthenticAMD,family=25,model=1,stepping=1,phys-bits=48,-hypervisor,-la57,+svm,+npt,+nrip-save,"
+    "+decodeassists,+flushbyasid,+lbrv,snp-emu=on",
+    "tdx": "max,vendor=GenuineIntel,family=6,model=173,stepping=1,phys-bits=48,-hypervisor,-la57,-svm,-mpx,-pks,-pku,"
+    "tdx-emu=on",
+}
 # KVM gives a TD no more vCPUs than the host has CPUs, online or not: L1 has this many and uses those asked for.
 TD_CPUS = 8
 APPEND = {
@@ -47,6 +48,8 @@ class Spec:
     with_qemu: bool = False
     append: str = ""
     disks: list = field(default_factory=list)
+    # A plain L1 also runs in the patched QEMU, which lacks two faults of Debian's (README.md).
+    patched: bool = False
 
 
 def native_kvm():
@@ -59,14 +62,14 @@ def native_kvm():
 def command(spec, folder):
     """The QEMU command for spec, with its sockets and logs in folder."""
     base = programs.host_qemu()
-    if spec.kind == "plain":
-        words = list(base.words)
-        machine = ["-M", "q35", "-accel", "kvm", "-cpu", "host"] if native_kvm() else \
-            ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", BASE_CPU]
+    native = spec.kind == "plain" and native_kvm()
+    patched = spec.kind != "plain" or (spec.patched and not native)
+    words = [str(patched_qemu.binary()), *base.firmware] if patched else list(base.words)
+    if native:
+        machine = ["-M", "q35", "-accel", "kvm", "-cpu", "host"]
     else:
-        words = [str(patched_qemu.binary()), *base.firmware]
-        cpu = SNP_CPU if spec.kind == "snp" else TDX_CPU
-        machine = ["-M", "q35,kernel-irqchip=off", "-accel", "tcg,thread=multi", "-cpu", cpu]
+        board = "q35" if spec.kind == "plain" else "q35,kernel-irqchip=off"
+        machine = ["-M", board, "-accel", "tcg,thread=multi", "-cpu", CPUS[spec.kind]]
     if spec.kind == "snp":
         machine += ["-device", "amd-iommu,intremap=off"]
         machine += ["-device", f"psp-emu,trace=off,host-checks=off,vcek={snp_keys.secret()}"]

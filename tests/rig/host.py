@@ -41,6 +41,7 @@ class Ended:
     events: list = field(default_factory=list)
     extra: str = ""
     words: str = ""
+    late: str = ""
 
     def results(self):
         """The guest's own verdicts, by test name."""
@@ -61,8 +62,8 @@ class Ended:
         return [event["event"] for event in self.events]
 
     def tail(self):
-        """The last lines of console and messages, for people."""
-        lines = (self.console + self.stderr).splitlines()[-CONSOLE_TAIL:]
+        """The last lines of console and messages, and where threads were when time was up, for people."""
+        lines = [*(self.console + self.stderr).splitlines()[-CONSOLE_TAIL:], *self.late.splitlines()]
         return "\n".join("    " + line for line in lines)
 
 
@@ -89,7 +90,7 @@ class Host:
         for flavour in ("amd64", "cloud"):
             places[self.files[f"{flavour}_kernel"]] = f"/root/{flavour}-kernel"
             places[self.files[f"{flavour}_initrd"]] = f"/root/{flavour}-initrd"
-        options = [] if self.kind == "plain" else [f"--{self.kind}"]
+        options = ["--patched" if self.kind == "plain" else f"--{self.kind}"]
         for source, place in places.items():
             options += ["--file", f"{source}:{place}"]
         began = time.monotonic()
@@ -163,4 +164,4 @@ class Host:
         assert "code" in parts, f"guest.sh ended with {code}:\n{text[-2000:]}"
         events = [json.loads(line) for line in parts["events"].splitlines()]
         console = parts["console"].replace("\r", "")
-        return Ended(int(parts["code"].split()[0]), console, parts["stderr"], events, parts.get("extra", ""), words)
+        return Ended(int(parts["code"].split()[0]), console, parts["stderr"], events, parts.get("extra", ""), words, parts["late"])
