@@ -12,5 +12,7 @@ pub mod queue;
 pub mod rate;
 pub mod rng;
 pub mod serve;
+#[cfg(test)]
+mod served;
 pub mod transport;
 pub mod vsock;

@@ -4,6 +4,8 @@
 mod config;
 pub mod request;
 mod running;
+#[cfg(test)]
+mod served;
 
 use std::fs::File;
 use std::io;

@@ -7,6 +7,8 @@ mod link;
 mod run;
 mod rx;
 #[cfg(test)]
+mod served;
+#[cfg(test)]
 mod tests;
 mod tx;
 

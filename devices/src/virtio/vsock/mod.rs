@@ -12,6 +12,8 @@ mod lies;
 mod mux;
 mod packet;
 mod run;
+#[cfg(test)]
+mod served;
 mod state;
 mod table;
 #[cfg(test)]
