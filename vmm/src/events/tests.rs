@@ -138,9 +138,11 @@ fn a_reader_that_has_gone_is_tolerated() {
     drop(reader);
     events.emit(&Event::GuestOff);
     events.emit(&Event::GuestOff);
-    let start = Instant::now();
+    assert!(
+        events.0.sink.lock().unwrap().to.is_none(),
+        "nobody is left to wait for"
+    );
     events.finish();
-    assert!(start.elapsed() < LAST_WAIT);
 }
 
 #[test]
