@@ -100,7 +100,11 @@ class Host:
 
     def __exit__(self, *_):
         if not self.keep:
-            subprocess.run([RIG, "down", "--name", self.name], check=False)
+            self.down()
+
+    def down(self):
+        """Ends the L1, also one to be kept."""
+        subprocess.run([RIG, "down", "--name", self.name], check=False)
 
     def shell(self, script, timeout=120, check=True):
         """Runs a shell script in L1; gives exit code and output."""

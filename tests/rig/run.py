@@ -26,6 +26,8 @@ from host import Host, L1Hung  # noqa: E402
 SUITES = [
     ("plain", [*soft.TESTS, *hostile.TESTS]), ("snp", [*snp.TESTS, *hostile.TESTS]), ("tdx", tdx.TESTS),
 ]
+# Tests whose L1 hung, once for each time.
+HUNG = []
 # Too long for every run: only by name.
 LONG = [("plain", hostile.LONG), ("snp", hostile.LONG)]
 
@@ -39,7 +41,8 @@ def run_one(name, test, host):
             note = test(host) or ""
         except L1Hung as hung:
             print(f"     {name}: {hung} after {took()}; attempt {attempt} of 2", flush=True)
-            host.__exit__()
+            HUNG.append(name)
+            host.down()
             host.__enter__()
         except Exception as error:  # a test may fail in any way; the others go on
             print(f"FAIL {name} ({took()}): {error}", flush=True)
@@ -98,6 +101,8 @@ def main():
     failed = [name for name, passed in results if not passed]
     if failed:
         print("failed:", ", ".join(failed))
+    if HUNG:
+        print("an L1 hung, and was replaced, in:", ", ".join(HUNG))
     print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
     return bool(failed)
 
