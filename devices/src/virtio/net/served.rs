@@ -283,7 +283,8 @@ impl Outside for Card {
         }
         match with.pick(8) {
             0 | 1 => {
-                let count = 1 + with.pick(self.pairs.len());
+                let all = self.pairs.len();
+                let count = with.one(&[1, all, all.min(2)]);
                 with.tell(|| format!("guest wants {count} pairs"));
                 self.use_pairs(count);
             }

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::device::{VirtioDevice, feature};
 use super::super::transport::{Fault, Kicks, Observer, VirtioPci, Wires};
+use super::ring::Fields;
 use super::{Ring, Schedule};
 use crate::bus::Bus;
 use crate::console::Console;
@@ -107,9 +108,19 @@ pub(crate) trait Outside: Send {
 struct Overtaker {
     outside: Arc<Mutex<Box<dyn Outside>>>,
     schedule: Arc<Schedule>,
-    /// Fields through which device and driver tell each other where they are and what they want to hear.
-    fields: Vec<std::ops::Range<u64>>,
+    rings: Vec<Fields>,
     plan: Mutex<Plan>,
+}
+
+/// Which accesses of the device count.
+#[derive(Clone, Copy, Debug, Default)]
+enum Place {
+    #[default]
+    Any,
+    /// To a field through which device and driver tell each other where they are and what they want to hear.
+    Field,
+    /// To where it says whether it wants kicks.
+    Wish,
 }
 
 /// When the driver overtakes the device.
@@ -117,12 +128,13 @@ struct Overtaker {
 struct Plan {
     /// How many times more.
     times: usize,
+    place: Place,
     /// After how many accesses.
     accesses: usize,
-    /// Only those to such fields count.
-    fields: bool,
     /// How many accesses lie between two times.
     apart: usize,
+    /// Steps that the driver takes each time.
+    steps: usize,
 }
 
 impl std::fmt::Debug for Overtaker {
@@ -136,7 +148,11 @@ impl Watch for Overtaker {
         let Ok(mut plan) = self.plan.try_lock() else {
             return;
         };
-        let counts = !plan.fields || self.fields.iter().any(|field| field.contains(&at.0));
+        let counts = match plan.place {
+            Place::Any => true,
+            Place::Field => self.rings.iter().any(|ring| ring.contain(at.0)),
+            Place::Wish => self.rings.iter().any(|ring| ring.are_a_wish(at.0)),
+        };
         if plan.times == 0 || !counts {
             return;
         }
@@ -145,9 +161,9 @@ impl Watch for Overtaker {
             return;
         }
         (plan.times, plan.accesses) = (plan.times - 1, plan.apart);
-        drop(plan);
-        if let Ok(mut outside) = self.outside.try_lock() {
-            self.schedule.tell(|| "meanwhile:".into());
+        let mut outside = self.outside.lock().unwrap();
+        self.schedule.tell(|| "meanwhile:".into());
+        for _ in 0..plan.steps {
             drive(&mut **outside, &self.schedule);
         }
     }
@@ -201,12 +217,12 @@ impl Machine {
     pub(super) fn new(parts: Wired, schedule: &Arc<Schedule>) -> Self {
         let mut outside = parts.outside;
         let queues = outside.rings().len();
-        let fields = outside.rings().iter().flat_map(Ring::fields).collect();
+        let rings = outside.rings().iter().map(Ring::fields).collect();
         let outside = Arc::new(Mutex::new(outside));
         let overtaker = Arc::new(Overtaker {
             outside: Arc::clone(&outside),
             schedule: Arc::clone(schedule),
-            fields,
+            rings,
             plan: Mutex::default(),
         });
         let wires = Wires {
@@ -349,24 +365,23 @@ impl Machine {
     /// Half of the calls are overtaken.
     fn plan(&self) -> Plan {
         let pick = |count| self.schedule.pick(count);
-        match pick(8) {
-            _ if self.schedule.is_over() => Plan::default(),
-            0 | 1 => Plan {
-                times: 1,
-                accesses: pick(64),
-                ..Plan::default()
-            },
-            2 | 3 => Plan {
-                times: 1 + pick(3),
-                accesses: pick(12),
-                fields: true,
-                apart: pick(4),
-            },
-            _ => Plan::default(),
+        let (place, most) = match pick(8) {
+            _ if self.schedule.is_over() => return Plan::default(),
+            0 => (Place::Any, 64),
+            1 => (Place::Field, 12),
+            2 | 3 => (Place::Wish, 2),
+            _ => return Plan::default(),
+        };
+        Plan {
+            times: 1 + pick(3),
+            place,
+            accesses: pick(most),
+            apart: pick(2),
+            steps: 1 + pick(3),
         }
     }
 
-    fn reset(&self) {
+    fn reset(&mut self) {
         self.schedule.tell(|| "reset".into());
         self.set(BAR + 0x14, 1, 0);
         let until = std::time::Instant::now() + Duration::from_secs(20);
@@ -375,6 +390,10 @@ impl Machine {
             std::thread::sleep(Duration::from_micros(100));
         }
         self.outside.lock().unwrap().end(&self.schedule);
+        for _ in 0..self.schedule.pick(4) {
+            self.outside.lock().unwrap().host(&self.schedule);
+            self.turn(0);
+        }
         self.begin();
     }
 

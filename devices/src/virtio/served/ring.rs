@@ -200,15 +200,12 @@ impl Ring {
         self.used().wrapping_sub(self.seen) <= chains
     }
 
-    /// Flags, index and event fields.
-    pub(super) fn fields(&self) -> [std::ops::Range<u64>; 4] {
-        let (avail, used, size) = (self.mock.avail(), self.mock.used_ring(), u64::from(self.size()));
-        [
-            avail..avail + 4,
-            avail + 4 + size * 2..avail + 6 + size * 2,
-            used..used + 4,
-            used + 4 + size * 8..used + 6 + size * 8,
-        ]
+    pub(super) fn fields(&self) -> Fields {
+        Fields {
+            avail: self.mock.avail(),
+            used: self.mock.used_ring(),
+            size: u64::from(self.size()),
+        }
     }
 
     /// An interrupt came since the last call.
@@ -222,5 +219,25 @@ impl Ring {
         let (used, seen) = (self.used(), self.seen);
         let due = !self.event_idx || used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(seen);
         self.listens && used != seen && due
+    }
+}
+
+/// Where a ring has its flags, indices and events.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fields {
+    avail: u64,
+    used: u64,
+    size: u64,
+}
+
+impl Fields {
+    pub(super) fn contain(self, at: u64) -> bool {
+        let head = |ring: u64| (ring..ring + 4).contains(&at);
+        head(self.avail) || head(self.used) || at == self.avail + 4 + self.size * 2 || self.are_a_wish(at)
+    }
+
+    /// The device's flags or event.
+    pub(super) fn are_a_wish(self, at: u64) -> bool {
+        at == self.used || at == self.used + 4 + self.size * 8
     }
 }
