@@ -32,6 +32,8 @@ struct Pair {
     rx_due: bool,
     tx_due: bool,
     stopped: bool,
+    /// Memory ran out before all buffers were there; the rest comes later.
+    short: bool,
     /// Frames that the guest offered and the host did not get.
     outgoing: VecDeque<(u32, usize)>,
     offered: u32,
@@ -50,6 +52,7 @@ impl Pair {
             rx_due: false,
             tx_due: false,
             stopped: false,
+            short: false,
             outgoing: VecDeque::new(),
             offered: 0,
             incoming: VecDeque::new(),
@@ -124,11 +127,17 @@ impl Card {
         self.rings.get_mut(control)
     }
 
-    fn fill(&mut self, pair: usize) {
+    /// `try_fill_recv`, which gets memory for at most `most` buffers.
+    fn fill(&mut self, pair: usize, most: usize) {
         let ring = &mut self.rings[pair * 2];
-        while let Some(head) = ring.next() {
+        let mut left = most;
+        while left != 0
+            && let Some(head) = ring.next()
+        {
             ring.add(&[(ring.at(head), BUFFER, true)]);
+            left -= 1;
         }
+        self.pairs[pair].short = ring.room() != 0;
         ring.kick();
     }
 
@@ -164,7 +173,7 @@ impl Card {
         }
         let ring = &self.rings[pair * 2];
         if ring.room() > WEIGHT.min(usize::from(ring.size())) / 2 {
-            self.fill(pair);
+            self.fill(pair, with.one(&[usize::MAX, usize::MAX, 1]));
         }
         self.pairs[pair].rx_due = frames == WEIGHT || !self.rings[pair * 2].enable();
         if self.pairs[pair].rx_due {
@@ -261,7 +270,7 @@ impl Outside for Card {
         for index in 0..self.pairs.len() {
             let pair = &mut self.pairs[index];
             (pair.rx_due, pair.tx_due, pair.stopped) = (false, false, false);
-            self.fill(index);
+            self.fill(index, usize::MAX);
         }
         if let Some(control) = self.control() {
             control.disable();
@@ -280,6 +289,10 @@ impl Outside for Card {
         if self.pairs[pair].tx_due && with.pick(2) == 0 {
             with.tell(|| format!("guest completes {pair}"));
             return self.poll_transmit(pair);
+        }
+        if self.pairs[pair].short && with.pick(2) == 0 {
+            with.tell(|| format!("guest refills {pair}"));
+            return self.fill(pair, with.one(&[usize::MAX, 1]));
         }
         match with.pick(8) {
             0 | 1 => {
@@ -349,6 +362,10 @@ impl Outside for Card {
         for index in 0..self.pairs.len() {
             busy |= self.pairs[index].flush();
             busy |= self.pairs[index].host_reads(usize::MAX, with);
+            if self.pairs[index].short {
+                busy = true;
+                self.fill(index, usize::MAX);
+            }
             if self.pairs[index].rx_due {
                 busy = true;
                 self.poll_receive(index, with);
