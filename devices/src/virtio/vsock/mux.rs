@@ -441,8 +441,9 @@ impl Mux {
             put(mem, chains, used, header)?;
         } else if conn.has_data() {
             conn.read(mem, chains, &mut self.lens)?;
-            (header.buf_alloc, header.fwd_cnt) = conn.state.flow.announce();
             for len in &self.lens {
+                // Only what a packet carries is known to the guest, and there may be none.
+                (header.buf_alloc, header.fwd_cnt) = conn.state.flow.announce();
                 header.len = *len;
                 put(mem, chains, used, header)?;
             }

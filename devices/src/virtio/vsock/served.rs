@@ -286,7 +286,7 @@ impl Guest {
         self.pump();
     }
 
-    fn connect_in(&mut self) {
+    fn connect_in(&mut self, with: &Schedule) {
         let id = self.count;
         self.count += 1;
         let key = Key {
@@ -294,11 +294,12 @@ impl Guest {
             guest: 1000 + id as u32,
         };
         let mut socket = UnixStream::connect(&self.path).unwrap();
-        socket
-            .write_all(format!("CONNECT {}\n", key.guest).as_bytes())
-            .unwrap();
+        let request = format!("CONNECT {}\n", key.guest).into_bytes();
+        let (now, later) = request.split_at(with.one(&[request.len(), 0, 4, 9]));
+        socket.write_all(now).unwrap();
         socket.set_nonblocking(true).unwrap();
         let mut talk = Talk::new(id, key, self.room);
+        talk.request = later.to_vec();
         talk.socket = Some(socket);
         self.talks.push(talk);
     }
@@ -377,7 +378,7 @@ impl Outside for Guest {
     fn host(&mut self, with: &Schedule) {
         if self.talks.is_empty() || self.count < MOST && with.pick(8) == 0 {
             with.tell(|| "host connects".into());
-            return self.connect_in();
+            return self.connect_in(with);
         }
         let at = with.pick(self.talks.len());
         let talk = &mut self.talks[at];

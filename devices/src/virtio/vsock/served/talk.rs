@@ -45,7 +45,9 @@ pub(super) struct Talk {
     /// The host's end.
     pub(super) listener: Option<(UnixListener, PathBuf)>,
     pub(super) socket: Option<UnixStream>,
-    /// What is left of the answer to its request.
+    /// What the host's process has not written of its request.
+    pub(super) request: Vec<u8>,
+    /// What it has read of the answer.
     pub(super) greeting: Vec<u8>,
     pub(super) host_read: u64,
     pub(super) host_wrote: u64,
@@ -76,6 +78,7 @@ impl Talk {
             guest_piece: 1,
             listener: None,
             socket: None,
+            request: vec![],
             greeting: vec![],
             host_read: 0,
             host_wrote: 0,
@@ -130,6 +133,9 @@ impl Talk {
 
     /// The host process goes on writing; true if its socket took something.
     pub(super) fn host_writes(&mut self) -> bool {
+        if let Some(socket) = self.socket.as_mut().filter(|_| !self.request.is_empty()) {
+            return socket.write_all(&std::mem::take(&mut self.request)).is_ok();
+        }
         if self.host_ended || !self.greeting.ends_with(b"\n") || self.host_writes == 0 {
             return false;
         }

@@ -168,3 +168,28 @@ fn a_hundred_mebibytes_go_both_ways_intact() {
     assert_eq!(read, digest(1 << 40, TOTAL));
     assert_eq!(hasher.finish(), digest(0, TOTAL));
 }
+
+/// Found by the search in `served.rs`.
+#[test]
+fn credit_counts_as_given_only_once_a_packet_carries_it() {
+    let mut guest = guest();
+    guest.post(1);
+    let (key, mut socket) = guest.open_out(7);
+    // One packet exactly, so that the device looks for more; but the guest has no second buffer.
+    socket.write_all(&[1; 4096]).unwrap();
+    guest.settle();
+    let mut half = vec![0; WINDOW as usize / 2];
+    for round in 0..2 {
+        for piece in half.clone().chunks(32 << 10) {
+            guest.send(key, op::RW, 0, piece);
+        }
+        socket.read_exact(&mut half).unwrap();
+        let (ops, _) = guest.ops();
+        let expected: &[u16] = if round == 0 {
+            &[op::RW]
+        } else {
+            &[op::CREDIT_UPDATE]
+        };
+        assert_eq!(ops, expected, "round {round}");
+    }
+}
