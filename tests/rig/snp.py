@@ -90,10 +90,11 @@ def the_other_kernel_and_more_memory(host):
 
 
 def the_first_machine_is_what_it_was(host):
-    """Machine v1 boots a stock kernel as ever, with the digest that was predicted."""
+    """Machine v1 boots a stock kernel as ever, with the digest that was predicted; cvmm warns of its shim."""
     flags = "--machine", "v1"
     ended = host.guest(*flags, run="smp,report", timeout=400)
     ended.passed("smp", "report")
+    assert "CVE-2025-38560; use v2" in ended.stderr, ended.stderr
     attested(host, ended, ended.words, *flags)
 
 

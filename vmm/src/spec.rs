@@ -211,6 +211,11 @@ impl MachineSpec {
         let confine = confine::check(&config)?;
         facts.require_kvm()?;
         let platform = resolve_platform(&config, facts)?;
+        if let (PlatformSpec::Snp(_), MachineVersion::V1) = (&platform, machine) {
+            log::warn!(
+                "--machine v1: its shim leaves out a part of the mitigation of CVE-2025-38560; use v2 unless the digest must stay"
+            );
+        }
         Ok(Self(Parts {
             platform,
             machine,
