@@ -247,9 +247,7 @@ fn network_up(wanted: &CommandLine) -> io::Result<()> {
     let address = wanted
         .get("ip")
         .ok_or_else(|| io::Error::other("no cvmm.ip= on the command line"))?;
-    let _ = Command::new("/bin/busybox")
-        .args(["ip", "addr", "add", address, "dev", "eth0"])
-        .status();
+    let _ = busybox(&["ip", "addr", "add", address, "dev", "eth0"]);
     busybox(&["ip", "link", "set", "eth0", "up"])
 }
 
@@ -397,7 +395,7 @@ fn shell() -> String {
 }
 
 fn busybox(words: &[&str]) -> io::Result<()> {
-    let status = Command::new("/bin/busybox").args(words).status()?;
+    let status = report::spawn(Command::new("/bin/busybox").args(words))?.wait()?;
     if status.success() {
         Ok(())
     } else {

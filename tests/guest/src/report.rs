@@ -3,6 +3,8 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::process::{Child, Command};
+use std::sync::{PoisonError, RwLock};
 
 use crate::endpoint;
 
@@ -11,6 +13,9 @@ const NONCE_BYTES: usize = 64;
 const MAX_REPORT: usize = 64 << 10;
 const TSM: &str = "/sys/kernel/config/tsm/report";
 const REGISTERS: &str = "/sys/devices/virtual/misc/tdx_guest/measurements";
+/// Held while an `inblob` is open. configfs takes what was written when the last who has the file closes it, and a program
+/// that another thread starts has it too until it executes: the report would be asked for without a nonce.
+static INBLOB: RwLock<()> = RwLock::new(());
 
 /// Fetches a report over the nonce; says which provider gave it.
 pub(crate) fn fetch(nonce: &[u8]) -> io::Result<(String, Vec<u8>)> {
@@ -23,11 +28,20 @@ pub(crate) fn fetch_as(name: &str, nonce: &[u8]) -> io::Result<(String, Vec<u8>)
     fs::create_dir_all(&entry)?;
     let mut padded = nonce.to_vec();
     padded.resize(NONCE_BYTES, 0);
-    fs::write(entry.join("inblob"), padded)?;
+    {
+        let _open = INBLOB.read().unwrap_or_else(PoisonError::into_inner);
+        fs::write(entry.join("inblob"), padded)?;
+    }
     let report = fs::read(entry.join("outblob"))?;
     let provider = fs::read_to_string(entry.join("provider"))?.trim().to_owned();
     fs::remove_dir(&entry)?;
     Ok((provider, report))
+}
+
+/// Starts a program while no report's nonce is being written.
+pub(crate) fn spawn(command: &mut Command) -> io::Result<Child> {
+    let _closed = INBLOB.write().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
 }
 
 /// Names and values of a TD's measurement registers, by name.
