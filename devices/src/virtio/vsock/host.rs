@@ -13,6 +13,8 @@ use arch::poll::Poll;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
+use super::mux::WINDOW;
+
 /// Longest `CONNECT <port>\n`.
 const LINE_MAX: usize = 32;
 /// Longest path: `sun_path` has 108 bytes, `_4294967295` and a NUL have to fit behind it.
@@ -53,6 +55,8 @@ pub(super) struct Host {
     pub(super) listener: UnixListener,
     pub(super) timer: OwnedFd,
     pub(super) poll: Poll,
+    /// [`WINDOW`], but in tests that want to fill it often.
+    pub(super) window: u32,
     path: PathBuf,
     /// Device and inode of the socket file, so that nobody else's is removed.
     identity: Option<(u64, u64)>,
@@ -83,6 +87,7 @@ impl Host {
             listener,
             timer: timer.map_err(|e| VsockError::Descriptors(e.into()))?,
             poll: Poll::open().map_err(VsockError::Descriptors)?,
+            window: WINDOW,
             path: path.to_owned(),
             identity: identity(path),
         })

@@ -206,7 +206,7 @@ impl Mux {
 
     fn window(&self) -> u32 {
         if self.table.len() <= WIDE_CONNECTIONS {
-            WINDOW
+            self.host.window
         } else {
             NARROW_WINDOW
         }

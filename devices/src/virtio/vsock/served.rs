@@ -39,8 +39,25 @@ struct Guest {
     /// Bytes that a guest process takes.
     room: u32,
     strayed: bool,
+    /// Half of what the device takes.
+    half: u32,
+    /// Its work queue gets to what arrived once in so many steps.
+    patience: usize,
     /// Largest packet that the guest sends.
     packet: u32,
+}
+
+/// A packet of the guest, without payload and credit.
+fn to_host(key: Key, op: u16) -> Header {
+    Header {
+        src_cid: CID,
+        dst_cid: 2,
+        src_port: key.guest,
+        dst_port: key.host,
+        kind: STREAM,
+        op,
+        ..Header::default()
+    }
 }
 
 impl Guest {
@@ -48,16 +65,11 @@ impl Guest {
         let talk = &mut self.talks[at];
         talk.announced = talk.forwarded;
         let header = Header {
-            src_cid: CID,
-            dst_cid: 2,
-            src_port: talk.key.guest,
-            dst_port: talk.key.host,
             len: payload.len() as u32,
-            kind: STREAM,
-            op,
             flags,
             buf_alloc: talk.room,
             fwd_cnt: talk.forwarded,
+            ..to_host(talk.key, op)
         };
         self.waiting.push_back((header, payload));
     }
@@ -170,16 +182,11 @@ impl Guest {
         if header.op == op::RST {
             return;
         }
-        let reset = Header {
-            src_cid: CID,
-            dst_cid: 2,
-            src_port: header.dst_port,
-            dst_port: header.src_port,
-            kind: STREAM,
-            op: op::RST,
-            ..Header::default()
+        let key = Key {
+            host: header.src_port,
+            guest: header.dst_port,
         };
-        self.waiting.push_back((reset, vec![]));
+        self.waiting.push_back((to_host(key, op::RST), vec![]));
     }
 
     /// Once the host has closed both directions and all is read, the guest resets.
@@ -244,15 +251,8 @@ impl Guest {
         } else {
             RESETS - 4
         };
-        let packet = Header {
-            src_cid: CID,
-            dst_cid: 2,
-            src_port: 9,
-            dst_port: 9,
-            kind: STREAM,
-            op: op::RW,
-            ..Header::default()
-        };
+        let key = Key { host: 9, guest: 9 };
+        let packet = to_host(key, op::RW);
         self.waiting.extend(std::iter::repeat_n((packet, vec![]), count));
         self.pump();
     }
@@ -313,6 +313,7 @@ impl Outside for Guest {
     fn begin(&mut self, with: &Schedule) {
         self.room = with.one(&[1000, 8 << 10, 256 << 10]);
         self.buffer = HEADER_BYTES as u32 + with.one(&[4096, 1000, 200]);
+        self.patience = with.one(&[1, 2, 6]);
         (self.rx_due, self.tx_due) = (false, false);
         self.packet = (self.rings[TX].slot as u32 - 64).min(PACKET);
         self.strayed = false;
@@ -321,7 +322,7 @@ impl Outside for Guest {
     }
 
     fn drive(&mut self, with: &Schedule) {
-        if self.rx_due && with.pick(2) == 0 {
+        if self.rx_due && with.pick(self.patience) == 0 {
             with.tell(|| "rx work".into());
             return self.rx_work(with);
         }
@@ -336,8 +337,14 @@ impl Outside for Guest {
         let at = with.pick(self.talks.len());
         match with.pick(16) {
             0..=5 => {
-                let (count, piece) =
-                    with.one(&[(1, 1), (100, 100), (1000, 1), (20_000, 5000), (400_000, PACKET)]);
+                let (count, piece) = with.one(&[
+                    (1, 1),
+                    (100, 100),
+                    (1000, 1),
+                    (20_000, self.half),
+                    (400_000, PACKET),
+                    (400_000, PACKET),
+                ]);
                 with.tell(|| format!("guest writes {count} to {at}, {piece} at a time"));
                 let talk = &mut self.talks[at];
                 if talk.guest_writes == 0 && talk.guest_shut == 0 {
@@ -384,7 +391,9 @@ impl Outside for Guest {
         let talk = &mut self.talks[at];
         match with.pick(16) {
             0..=6 => {
-                let count = with.one(&[1, 300, 5000, 20_000, 400_000]);
+                // Full buffers too, behind which the device looks for more.
+                let full = u64::from(self.buffer) - HEADER_BYTES as u64;
+                let count = with.one(&[1, 300, 20_000, 400_000, full, full, 4 * full]);
                 with.tell(|| format!("host writes {count} to {at}"));
                 talk.host_writes = talk.host_writes.max(count);
                 talk.host_writes();
@@ -455,6 +464,7 @@ fn wired(with: &Schedule) -> Wired {
         Ring::new(&mem, &lines, 1, 0x80_0000, tx, slot),
         Ring::new(&mem, &lines, 2, 0x78_0000, 4, 64),
     ];
+    let window = with.one(&[WINDOW, 1 << 10, 1 << 10, 8 << 10]);
     let guest = Guest {
         rings,
         path: path.clone(),
@@ -467,9 +477,13 @@ fn wired(with: &Schedule) -> Wired {
         room: 0,
         packet: 0,
         strayed: false,
+        half: window / 2,
+        patience: 1,
     };
+    let mut vsock = Vsock::open(CID, &path).unwrap();
+    Arc::get_mut(&mut vsock.host).unwrap().window = window;
     Wired {
-        device: Box::new(Vsock::open(CID, &path).unwrap()),
+        device: Box::new(vsock),
         outside: Box::new(guest),
         mem,
         lines,
