@@ -70,7 +70,7 @@ pub struct Certificates {
     #[arg(long, visible_alias = "root", value_name = "PATH")]
     pub ark: Option<PathBuf>,
     /// The root's list of revoked certificates, DER or PEM, as AMD gives it out for each family of chips; without it,
-    /// nothing is known of revocations
+    /// only the end of Genoa's first intermediate key is known
     #[arg(long, value_name = "PATH")]
     pub crl: Option<PathBuf>,
     /// Time at which the certificates have to be valid, in seconds since 1970 [default: now]
