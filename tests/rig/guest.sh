@@ -33,9 +33,12 @@ if [ -n "$VSOCK" ]; then
     ) >listen.log 2>&1 &
 fi
 if [ -n "$EXTRA" ]; then
-    # Waits until the console shows the text so many times; fails when cvmm ends before.
+    # Waits until the console, or another file, shows the text so many times; fails when cvmm ends before.
     await() {
-        until [ "$(grep -c "$1" console)" -ge "${2:-1}" ]; do kill -0 $PID 2>/dev/null || return 1; sleep 0.3; done
+        until [ "$(cat "${3:-console}" 2>/dev/null | grep -c "$1")" -ge "${2:-1}" ]; do
+            kill -0 $PID 2>/dev/null || return 1
+            sleep 0.3
+        done
     }
     (eval "$EXTRA") >extra 2>&1 &
     BESIDE=$!

@@ -17,6 +17,11 @@ import run as cases  # noqa: E402
 # vector that a driver ever enabled keeps its event descriptor.
 RSS_GROWTH_KIB, DESCRIPTOR_GROWTH, THREAD_GROWTH = 8192, 32, 2
 EVENTS_MAX, STDERR_MAX = 20_000, 200_000
+# Descriptors, threads and resident KiB of cvmm; scripts say HELD for it.
+HELD = (
+    r"echo held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l)"
+    r" $(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)"
+)
 SCRIPT = r"""
 cd /root; rm -f hconsole hevents hv hv_*; : > hconsole
 [ -d /sys/class/net/tap0 ] || { tunctl -t tap0 && ip link set tap0 up; } >/dev/null 2>&1
@@ -24,7 +29,7 @@ timeout -s KILL 900 ./cvmm run --platform PLATFORM --memory 128M --kernel hostil
     --disk hro,ro --rng --net tap=tap0 --vsock cid=42,uds=/root/hv --console file=hconsole --events hevents 2>herr &
 PID=$!
 while kill -0 $PID 2>/dev/null; do
-    ! grep -q '"running"' hevents || echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) $(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)"
+    ! grep -q '"running"' hevents || HELD
     sleep 2
 done 2>/dev/null
 wait $PID; echo "code $?"
@@ -46,7 +51,7 @@ def hostile_guest(host, only=""):
     held = []
 
     def start(words):
-        script = SCRIPT.replace("PLATFORM", platform).replace("CMDLINE", words)
+        script = SCRIPT.replace("HELD", HELD).replace("PLATFORM", platform).replace("CMDLINE", words)
         _, text = host.shell(script, 960, check=False)
         log, _, console = text.partition("=== console\n")
         held.append(log)
@@ -109,15 +114,13 @@ kill -9 $PID; wait $PID
 tail -c 300 herr
 echo "=== events"; cat hevents
 """
-HELD = r"""echo "held $(ls /proc/$PID/fd | wc -l) $(ls /proc/$PID/task | wc -l) \
-$(sed -n 's/VmRSS:[^0-9]*\([0-9]*\).*/\1/p' /proc/$PID/status)" """
 
 
 def a_hundred_reboots(host):
     """C64: a hundred lives of one cvmm, each measured the same; the later ones hold no more than the earlier ones."""
     platform, lives = ("snp", 30) if host.kind == "snp" else ("soft", 100)
     _push(host)
-    script = REBOOTS.replace("PLATFORM", platform).replace("LIVES", str(lives)).replace("HELD", HELD.replace("\\\n", ""))
+    script = REBOOTS.replace("PLATFORM", platform).replace("LIVES", str(lives)).replace("HELD", HELD)
     _, text = host.shell(script, 600, check=False)
     log, _, events = text.partition("=== events\n")
     names = [json.loads(line) for line in events.splitlines()]
@@ -145,7 +148,7 @@ def soak(host):
     sizes = f"cvmm.disk_mib=16 cvmm.net_mib=8 cvmm.vsock_mib=8 cvmm.soak_seconds={SOAK_SECONDS}"
     ended = host.guest(
         "--cpus", "4", "--disk", "/root/disk", "--rng", run="soak", cmdline=f"cvmm.ip=10.9.0.2/24 cvmm.peer=10.9.0.1:7000 {sizes}",
-        timeout=SOAK_SECONDS * 2 + 300, net=True, VSOCK=8, extra=SERVERS.replace("HELD", HELD.replace("\\\n", "")),
+        timeout=SOAK_SECONDS * 2 + 300, net=True, VSOCK=8, extra=SERVERS.replace("HELD", HELD),
     )  # fmt: skip
     rounds = ended.passed("soak")["soak"][1]
     held = _samples(ended.extra)

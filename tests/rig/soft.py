@@ -83,7 +83,7 @@ def sigterm_presses_the_power_button(host):
 
 def second_sigterm_ends_at_once(host):
     """A guest that does not listen cannot hold cvmm up."""
-    wait = "until grep -q running events; do kill -0 $PID || break; sleep 0.2; done; kill -TERM $PID; sleep 0.5; kill -TERM $PID"
+    wait = "await running 1 events; kill -TERM $PID; sleep 0.5; kill -TERM $PID"
     ended = host.guest("--cpus", "2", cmdline="rdinit=/bin/sleep -- 100000", extra=wait)
     assert ended.code == 143 and "running" in ended.event_names(), (ended.code, ended.tail())
 

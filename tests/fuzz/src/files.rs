@@ -1,5 +1,7 @@
 //! What is read from files, and what the shim reads from a hostile host.
 
+use std::sync::LazyLock;
+
 use arch::x86::cpuid::{CpuidEntry, CpuidTable};
 use snp::certs::{CertKind, CertTable};
 use snp::cpuid_page;
@@ -104,8 +106,11 @@ pub fn ovmf(data: &[u8]) {
     }
 }
 
-/// A real certificate, which leads to a real root.
-const VCEK: &[u8] = include_bytes!("../../../snp/tests/recorded/report/vcek-milan.der");
+/// A real certificate and those that lead to its root.
+static REAL: LazyLock<Chain> = LazyLock::new(|| {
+    let vcek = include_bytes!("../../../snp/tests/recorded/report/vcek-milan.der");
+    Chain::find(vcek, None, &Roots::amd()).expect("the recorded certificate has no chain")
+});
 
 /// A report with a certificate that is to have signed it, or a list of revoked ones.
 pub fn report(data: &[u8]) {
@@ -116,8 +121,7 @@ pub fn report(data: &[u8]) {
     let _ = report.reported_tcb().parts(report.tcb_layout());
     assert_eq!(report.bytes().as_slice(), raw);
     let rest = input.rest();
-    let real = Chain::find(VCEK, None, &Roots::amd()).unwrap();
-    if let Ok(chain) = real.with_revoked(rest) {
+    if let Ok(chain) = REAL.clone().with_revoked(rest) {
         let now = std::time::SystemTime::now();
         assert!(
             !check(&report, &chain, &Expected::default(), now).is_empty(),
